@@ -1,0 +1,193 @@
+"""What a caption is: plain frozen data classes with NumPy inside, no torch.
+
+One record schema serves ``to_dict()``, ``--json``, ``--jsonl``, CSV and every later output;
+``docs/records.md`` documents it and `SCHEMA_VERSION` names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from captioner.images import Fit
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Alternative:
+    """A word that the model might have said instead, with its probability at that step, 0 to 1."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True, eq=False)
+class Word:
+    """One word of a caption and where the model looked for it.
+
+    Attributes:
+        text: the word as it stands in the caption.
+        probability: the model's probability of the word given what precedes it, 0 to 1; the product
+            over its tokens.
+        confidence: the calibrated probability that the word is right, 0 to 1; equal to
+            ``probability`` for a model without a calibration.
+        alternatives: the likeliest words at this place, best first, the chosen one included when it
+            is among them.
+        attention: ``(F, R)`` float32 weights over frames and cells that sum to 1; the mean over the
+            word's tokens; ``None`` when the model has no attention.
+        gate: the scalar gate on the context vector, 0 to 1 (Show, Attend and Tell, section 4.2.1);
+            ``None`` when the model has none.
+        given: whether the word was given by the caller (``prefix=``) and not chosen by the model.
+    """
+
+    text: str
+    probability: float
+    confidence: float
+    alternatives: tuple[Alternative, ...] = ()
+    attention: np.ndarray | None = None
+    gate: float | None = None
+    given: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Caption:
+    """A caption, its words, and what it takes to draw their attention on the photo.
+
+    Attributes:
+        text: the sentence in lower case, without a full stop.
+        words: its words, left to right.
+        score: what the search ranked by: log-probability over the length to the power of the length
+            penalty, in nats; given words do not count.
+        log_probability: natural logarithm of the caption's probability, the end included and given
+            words excluded.
+        confidence: 0 to 1, the calibrated share of the caption's content words that people's
+            captions of the picture would also contain; comparable across lengths.
+        finished: whether the model ended the sentence itself; False when it was cut at the maximum
+            length.
+        grid: ``(H, W)``, the shape of the CNN's grid; ``R == H * W`` and cells run row by row.
+        fit: how the photo was fitted into the network's square.
+        times: ``(F,)`` seconds, one for each frame; a photo has one frame at 0.
+        n_best: further hypotheses, best first, beginning with this one; empty unless asked for.
+    """
+
+    text: str
+    words: tuple[Word, ...]
+    score: float
+    log_probability: float
+    confidence: float
+    finished: bool
+    grid: tuple[int, int]
+    fit: Fit
+    times: np.ndarray = field(default_factory=lambda: np.zeros(1, np.float32))
+    n_best: tuple[Caption, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def sure(self) -> bool:
+        """Whether the confidence reaches `SURE`; below it plain text output hedges."""
+        return self.confidence >= SURE
+
+    @property
+    def attention(self) -> np.ndarray | None:
+        """``(T, F, R)`` float32 attention of all words, or None when the model has no attention."""
+        maps = [word.attention for word in self.words]
+        if any(m is None for m in maps):
+            return None
+        if not maps:
+            return np.zeros((0, len(self.times), self.grid[0] * self.grid[1]), np.float32)
+        return np.stack([m for m in maps if m is not None])
+
+    def to_dict(self, *, attention: bool = False) -> dict[str, Any]:
+        """Return the record of this caption, ready for JSON (schema in ``docs/records.md``).
+
+        Args:
+            attention: also write every word's attention, as nested lists ``[frame][row][column]``,
+                together with the grid and how the photo was fitted.
+        """
+        record: dict[str, Any] = {
+            "schema": SCHEMA_VERSION,
+            "caption": self.text,
+            "confidence": _rounded(self.confidence),
+            "score": _rounded(self.score),
+            "log_probability": _rounded(self.log_probability),
+            "finished": self.finished,
+            "words": [self._word_record(word, attention) for word in self.words],
+        }
+        if attention:
+            record["grid"] = list(self.grid)
+            record["fit"] = self.fit.to_dict()
+            record["times"] = [round(float(t), 3) for t in self.times]
+        if self.n_best:
+            record["n_best"] = [
+                {
+                    "caption": other.text,
+                    "confidence": _rounded(other.confidence),
+                    "score": _rounded(other.score),
+                    "log_probability": _rounded(other.log_probability),
+                    "finished": other.finished,
+                }
+                for other in self.n_best
+            ]
+        return record
+
+    def _word_record(self, word: Word, attention: bool) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "word": word.text,
+            "probability": _rounded(word.probability),
+            "confidence": _rounded(word.confidence),
+            "gate": None if word.gate is None else _rounded(word.gate),
+            "given": word.given,
+            "alternatives": [
+                {"word": a.text, "probability": _rounded(a.probability)} for a in word.alternatives
+            ],
+        }
+        if attention:
+            cells = word.attention
+            record["attention"] = (
+                None if cells is None else np.round(cells.astype(float).reshape(-1, *self.grid), 6).tolist()
+            )
+        return record
+
+    def overlay(self, image: Any, **options: Any) -> Image.Image:
+        """Draw the whole caption on one sheet: the photo once for each word with its attention.
+
+        ``image`` is the photo that was captioned (path, bytes, PIL image or array). Options are those
+        of `captioner.overlay.sheet`; that module also draws single words, animations, vector figures
+        and an HTML page.
+        """
+        from captioner.overlay import sheet
+
+        return sheet(self, image, **options)
+
+
+SURE = 0.4
+"""Captions below this confidence are hedged in plain text output."""
+
+
+def plain_text(caption: Caption) -> str:
+    """Return the caption as a person should read it: hedged when the model is not sure."""
+    if caption.sure:
+        return caption.text
+    return f"(not sure what this shows; a guess: {caption.text})"
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Join words into a sentence; a piece that begins with an apostrophe attaches to its left."""
+    text = ""
+    for word in words:
+        text += word if word.startswith("'") or not text else f" {word}"
+    return text
+
+
+def _rounded(value: float) -> float:
+    """Six significant figures: enough to compare runs, short enough to read."""
+    return float(f"{value:.6g}")
