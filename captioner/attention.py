@@ -1,0 +1,73 @@
+"""Attention over the cells of grid features: additive, scaled dot product, or none.
+
+All take the cells once (`prepare`) and queries at each step, and obey the same mask: weights are
+proportional to ``mask * exp(energy)``, so that a cell that is half covered counts half. Several queries may
+share one picture (captions, beams): N pictures, N * G queries, those of a picture next to each other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def masked_softmax(energies: Tensor, mask: Tensor) -> Tensor:
+    """Return weights proportional to ``mask * exp(energies)`` that sum to 1 over the last axis.
+
+    Args:
+        energies: ``(N, G, C)``.
+        mask: ``(N, C)``, 0 to 1; each row needs a cell above 0.
+    """
+    # log(0) is -inf, which softmax turns into an exact 0
+    return torch.softmax(energies + mask.log()[:, None], dim=-1)
+
+
+def masked_mean(cells: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean ``(N, E)`` of cells ``(N, C, E)`` weighted by the mask ``(N, C)``."""
+    weights = mask / mask.sum(-1, keepdim=True)
+    return torch.einsum("nc,nce->ne", weights, cells)
+
+
+class AdditiveAttention(nn.Module):
+    """``v . tanh(W cell + U query)`` (Bahdanau, Cho and Bengio 2015)."""
+
+    def __init__(self, cell_width: int, query_width: int, width: int) -> None:
+        super().__init__()
+        self.key = nn.Linear(cell_width, width, bias=False)
+        self.query = nn.Linear(query_width, width)
+        self.energy = nn.Linear(width, 1, bias=False)
+
+    def prepare(self, cells: Tensor) -> Tensor:
+        """Map cells ``(N, C, E)`` to keys ``(N, C, A)``, once for each picture."""
+        return self.key(cells)
+
+    def forward(self, query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """Return weights ``(N, G, C)`` for the queries ``(N * G, H)``."""
+        queries = self.query(query).view(keys.shape[0], -1, 1, keys.shape[-1])
+        hidden = torch.tanh(keys[:, None] + queries)
+        return masked_softmax(self.energy(hidden).squeeze(-1), mask)
+
+
+class DotProductAttention(nn.Module):
+    """``(W cell) . (U query) / sqrt(A)`` (Vaswani et al. 2017, equation 1)."""
+
+    def __init__(self, cell_width: int, query_width: int, width: int) -> None:
+        super().__init__()
+        self.key = nn.Linear(cell_width, width, bias=False)
+        self.query = nn.Linear(query_width, width)
+
+    def prepare(self, cells: Tensor) -> Tensor:
+        """Map cells ``(N, C, E)`` to keys ``(N, C, A)``, once for each picture."""
+        return self.key(cells)
+
+    def forward(self, query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """Return weights ``(N, G, C)`` for the queries ``(N * G, H)``."""
+        queries = self.query(query).view(keys.shape[0], -1, keys.shape[-1])
+        energies = torch.bmm(queries, keys.transpose(1, 2))
+        return masked_softmax(energies / math.sqrt(keys.shape[-1]), mask)
+
+
+ATTENTIONS = {"additive": AdditiveAttention, "dot": DotProductAttention, "none": None}
+"""``none``: the decoder sees the picture only through the mean of its cells, its initial state."""

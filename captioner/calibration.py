@@ -1,0 +1,141 @@
+"""Confidence: what the model's probabilities are worth, measured.
+
+A word's confidence is its probability after Platt scaling (Platt 1999), fitted under teacher forcing. A
+caption's confidence is a logistic regression on a few numbers that do not grow with its length: how
+probable its words were, and how familiar the picture was, as the distance of its mean feature from those of
+the training pictures (Mahalanobis distance within the main directions, and what lies outside of them, as in
+ViM, Wang et al. 2022). It is fitted to the share of the caption's content words that people's captions of
+the picture also contain, with pictures that show nothing at a share of 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+FEATURES = (
+    "mean_log_probability",
+    "least_log_probability",
+    "content_log_probability",
+    "distance",
+    "residual",
+)
+
+# words that carry no picture content; what remains are content words
+_FUNCTION_WORDS = frozenset(
+    """a an the this that these those some any each every all both another other its his her their our my
+    he she it they him them who which what there here and or but while as if than so of in on at by to from
+    with without into onto over under above below between through across along around against behind beside
+    besides near next front back top side off up down out for about after before during is are was were be
+    been being am has have having had do does doing done can could will would may very not no one two three
+    four several many few lot lots group bunch couple pair 's s t""".split()
+)
+
+
+def is_content_word(word: str) -> bool:
+    """Tell nouns, verbs and adjectives from the words between them, by a list of the latter."""
+    return word not in _FUNCTION_WORDS and any(c.isalpha() for c in word)
+
+
+def content_share(words: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return the share of a caption's different content words that occur in at least one reference.
+
+    Plurals and simple inflections count as the same word. A caption without content words has share 0.
+    """
+    said = {stem(w) for w in words if is_content_word(w)}
+    known = {stem(w) for reference in references for w in reference}
+    return len(said & known) / len(said) if said else 0.0
+
+
+def stem(word: str) -> str:
+    """Return a word without its commonest endings; crude, and the same on both sides of a comparison."""
+    for ending, least in (("ing", 4), ("es", 4), ("ed", 4), ("s", 3)):
+        if word.endswith(ending) and len(word) - len(ending) >= least - 1 and not word.endswith("ss"):
+            base = word[: -len(ending)]
+            return base[:-1] if len(base) > 3 and base[-1] == base[-2] else base.rstrip("e")
+    return word.rstrip("e") if len(word) > 3 else word
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What was fitted.
+
+    Attributes:
+        word: slope and intercept of Platt scaling on the log-odds of a word's probability.
+        caption: intercept and one weight for each of `FEATURES`.
+        mean: ``(D,)`` mean feature of the training pictures.
+        basis: ``(D, K)`` main directions, each divided by the standard deviation along it.
+        residual: root mean square of what lies outside the main directions, for scale.
+    """
+
+    word: tuple[float, float]
+    caption: tuple[float, ...]
+    mean: np.ndarray
+    basis: np.ndarray
+    residual: float
+
+    def familiarity(self, pooled: np.ndarray) -> tuple[float, float]:
+        """Return distance and residual of a picture's mean feature ``(D,)``; 1 is typical, more is strange."""
+        centred = pooled.astype(np.float64) - self.mean
+        along = centred @ self.basis
+        # the basis is whitened: its columns are v / s, so v = column * s and |v along| = along * s
+        scales = 1 / np.linalg.norm(self.basis, axis=0)
+        inside = (self.basis * scales**2) @ along
+        outside = np.linalg.norm(centred - inside)
+        return float(np.sqrt(np.mean(along**2))), float(outside / self.residual)
+
+    def word_confidence(self, probability: float) -> float:
+        """Return the calibrated probability that a word of this probability is right."""
+        p = min(max(probability, 1e-6), 1 - 1e-6)
+        return _sigmoid(self.word[0] * math.log(p / (1 - p)) + self.word[1])
+
+    def caption_confidence(self, features: Sequence[float]) -> float:
+        """Return the calibrated share of right content words from the numbers of `caption_features`."""
+        return _sigmoid(self.caption[0] + float(np.dot(self.caption[1:], features)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers that are not tensors."""
+        return {"word": list(self.word), "caption": list(self.caption), "residual": self.residual}
+
+    @classmethod
+    def from_parts(cls, data: dict[str, Any], mean: np.ndarray, basis: np.ndarray) -> Calibration:
+        """Rebuild from a checkpoint.
+
+        Raises:
+            ValueError: if the numbers do not fit `FEATURES`.
+        """
+        caption = tuple(float(v) for v in data["caption"])
+        if len(caption) != len(FEATURES) + 1 or len(data["word"]) != 2:
+            raise ValueError(f"the calibration does not fit the features {', '.join(FEATURES)}")
+        slope, intercept = (float(v) for v in data["word"])
+        return cls((slope, intercept), caption, mean, basis, float(data["residual"]))
+
+
+def caption_features(
+    words: Sequence[str], probabilities: Sequence[float], distance: float, residual: float
+) -> list[float]:
+    """Return the numbers named in `FEATURES` for a caption's words (those that the model chose)."""
+    logs = [math.log(max(p, 1e-9)) for p in probabilities] or [0.0]
+    content = [v for v, w in zip(logs, words, strict=False) if is_content_word(w)] or logs
+    return [
+        sum(logs) / len(logs),
+        min(logs),
+        sum(content) / len(content),
+        min(distance, 10.0),
+        min(residual, 10.0),
+    ]
+
+
+def plain_confidence(probabilities: Sequence[float]) -> float:
+    """Return the geometric mean of the words' probabilities, for a model without a calibration."""
+    if not probabilities:
+        return 0.0
+    return math.exp(sum(math.log(max(p, 1e-9)) for p in probabilities) / len(probabilities))
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,0 +1,200 @@
+"""The recurrent decoder: RNN, GRU and LSTM cells; ``start()`` and ``step()``.
+
+Soft attention with the gate on the context vector and the deep output layer of Show, Attend and Tell
+(Xu et al. 2015, https://arxiv.org/abs/1502.03044). Shapes: N rows (pictures times captions or beams),
+C = F * R cells, E' projected cell width, H hidden width, M embedding width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captioner.attention import ATTENTIONS, masked_mean
+
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The decoder's shape.
+
+    Attributes:
+        cell: one of `CELLS`.
+        attention: a key of `ATTENTIONS`.
+        hidden: H, width of the recurrent state.
+        embedding: M, width of the word embeddings.
+        cells: E', width to which grid features are projected.
+        attention_width: A, width of keys and queries.
+        gate: gate the context vector (section 4.2.1 of the paper).
+        deep_output: words depend on state, context and previous word (equation 7), else on the state alone.
+        tied: output weights are the embeddings (Press and Wolf 2017).
+        dropout: probability, on embeddings, projected cells and the output layer.
+    """
+
+    cell: str = "lstm"
+    attention: str = "additive"
+    hidden: int = 512
+    embedding: int = 300
+    cells: int = 512
+    attention_width: int = 256
+    gate: bool = True
+    deep_output: bool = True
+    tied: bool = True
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            wanted = {"str": str, "int": int, "bool": bool, "float": (int, float)}[str(field.type)]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and field.type != "bool"):
+                raise ValueError(f"decoder.{field.name} must be {field.type}, not {value!r}")
+            if field.type == "int" and value < 1:
+                raise ValueError(f"decoder.{field.name} must be at least 1, not {value}")
+        if self.cell not in CELLS:
+            raise ValueError(f"decoder.cell must be one of {', '.join(CELLS)}, not {self.cell!r}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(
+                f"decoder.attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"decoder.dropout must be in [0, 1), not {self.dropout}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DecoderConfig:
+        """Rebuild from a dict; an unknown key is an error that names it."""
+        unknown = set(data) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown key decoder.{min(unknown)}")
+        return cls(**data)
+
+
+class Memory(NamedTuple):
+    """What the decoder attends to: computed once for each picture, read at every step.
+
+    cells ``(N, C, E')``, keys ``(N, C, A)`` or None without attention, mask ``(N, C)``.
+    """
+
+    cells: Tensor
+    keys: Tensor | None
+    mask: Tensor
+
+    def select(self, rows: Tensor) -> Memory:
+        """Return the memory of the given rows, in that order; a row may repeat."""
+        keys = None if self.keys is None else self.keys.index_select(0, rows)
+        return Memory(self.cells.index_select(0, rows), keys, self.mask.index_select(0, rows))
+
+
+class StepOutput(NamedTuple):
+    """One step: hidden features for the output layer ``(N, M)`` or logits, new state, attention, gate.
+
+    output ``(N, M)`` goes through `Decoder.logits`; state ``(N, S, H)``; attention ``(N, C)`` or None;
+    gate ``(N,)`` or None.
+    """
+
+    output: Tensor
+    state: Tensor
+    attention: Tensor | None
+    gate: Tensor | None
+
+
+class RecurrentCell(nn.Module):
+    """RNN (tanh or relu), GRU and LSTM behind one interface: the state is one tensor ``(N, S, H)``.
+
+    S is 2 for the LSTM (hidden and memory) and 1 for the others; row 0 is the hidden state.
+    """
+
+    def __init__(self, kind: str, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.states = 2 if kind == "lstm" else 1
+        if kind == "lstm":
+            self.cell: nn.RNNCellBase = nn.LSTMCell(inputs, hidden)
+            with torch.no_grad():  # remember by default (Jozefowicz et al. 2015)
+                self.cell.bias_hh[hidden : 2 * hidden].fill_(1.0)
+        elif kind == "gru":
+            self.cell = nn.GRUCell(inputs, hidden)
+        else:
+            self.cell = nn.RNNCell(inputs, hidden, nonlinearity=kind.removeprefix("rnn_"))
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        """Return the next state ``(N, S, H)`` from the input ``(N, I)``."""
+        if self.kind == "lstm":
+            return torch.stack(self.cell(x, (state[:, 0], state[:, 1])), dim=1)
+        return self.cell(x, state[:, 0])[:, None]
+
+
+class Decoder(nn.Module):
+    """Writes a caption one token at a time while it looks at the cells."""
+
+    def __init__(self, config: DecoderConfig, feature_width: int, vocabulary: int) -> None:
+        """Build it for features of width D and a vocabulary of V tokens."""
+        super().__init__()
+        self.config = config
+        attention = ATTENTIONS[config.attention]
+        self.embedding = nn.Embedding(vocabulary, config.embedding)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.project = nn.Linear(feature_width, config.cells)
+        self.attention = attention(config.cells, config.hidden, config.attention_width) if attention else None
+        context = config.cells if attention else 0
+        self.cell = RecurrentCell(config.cell, config.embedding + context, config.hidden)
+        self.initial = nn.Linear(config.cells, self.cell.states * config.hidden)
+        self.gate = nn.Linear(config.hidden, 1) if config.gate and attention else None
+        self.output_state = nn.Linear(config.hidden, config.embedding)
+        deep = config.deep_output and attention is not None
+        self.output_context = nn.Linear(context, config.embedding, bias=False) if deep else None
+        self.output = nn.Linear(config.embedding, vocabulary)
+        nn.init.zeros_(self.output.bias)
+        if config.tied:
+            self.output.weight = self.embedding.weight
+        self.dropout = nn.Dropout(config.dropout)
+
+    def memory(self, features: Tensor, mask: Tensor) -> Memory:
+        """Project grid features ``(N, C, D)`` with their mask ``(N, C)``, once for each picture."""
+        cells = self.dropout(torch.relu(self.project(features)))
+        return Memory(cells, self.attention.prepare(cells) if self.attention else None, mask)
+
+    def start(self, memory: Memory) -> Tensor:
+        """Return the initial state ``(N, S, H)`` from the mean of the cells that may be seen."""
+        mean = masked_mean(memory.cells, memory.mask)
+        return torch.tanh(self.initial(mean)).view(-1, self.cell.states, self.config.hidden)
+
+    def step(self, tokens: Tensor, state: Tensor, memory: Memory) -> StepOutput:
+        """Read the previous tokens ``(N,)`` and look at the cells; `logits` turns the output into words.
+
+        The memory may be of fewer pictures, N / G, each shared by G rows next to each other.
+        """
+        return self.step_embedded(self.dropout(self.embedding(tokens)), state, memory)
+
+    def step_embedded(self, embedded: Tensor, state: Tensor, memory: Memory) -> StepOutput:
+        """Do `step` with embeddings ``(N, M)`` in the place of tokens."""
+        weights = gate = context = None
+        if self.attention is not None:
+            weights = self.attention(state[:, 0], memory.keys, memory.mask)
+            context = torch.bmm(weights, memory.cells).flatten(0, 1)
+            if self.gate is not None:
+                gate = torch.sigmoid(self.gate(state[:, 0]))
+                context = gate * context
+            state = self.cell(torch.cat((embedded, context), dim=-1), state)
+        else:
+            state = self.cell(embedded, state)
+        output = self.output_state(self.dropout(state[:, 0]))
+        if self.output_context is not None and context is not None:
+            output = output + embedded + self.output_context(context)  # equation 7
+        return StepOutput(
+            output,
+            state,
+            None if weights is None else weights.flatten(0, 1),
+            None if gate is None else gate.squeeze(-1),
+        )
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Map step outputs ``(…, M)`` to logits ``(…, V)``."""
+        return self.output(self.dropout(torch.tanh(output)))

@@ -1,0 +1,102 @@
+"""CaptionModel: encoder, decoder and tokenizer put together; the teacher-forced ``forward()``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from captioner.decoder import Decoder, DecoderConfig, Memory
+from captioner.encoder import Encoder, GridFeatures, encode
+from captioner.images import Fit
+from captioner.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherForced:
+    """What a teacher-forced pass gives, over N captions of at most T tokens.
+
+    Attributes:
+        logits: ``(P, V)``, only for the P positions that are not padding, row by row.
+        attention: ``(N, T, C)`` weights, or None; rows of padding are zero.
+        gates: ``(N, T)`` or None; zero where padded.
+    """
+
+    logits: Tensor
+    attention: Tensor | None
+    gates: Tensor | None
+
+
+class CaptionModel(nn.Module):
+    """A CNN encoder and a recurrent decoder that share nothing but grid features."""
+
+    def __init__(self, encoder: Encoder, config: DecoderConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.decoder = Decoder(config, encoder.width, len(tokenizer))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.decoder.embedding.weight.device
+
+    def encode(self, pixels: Tensor, fits: Sequence[Fit]) -> GridFeatures:
+        """Turn uint8 pictures ``(B, 3, S, S)`` into grid features ``(B, 1, R, D)``."""
+        return encode(self.encoder, pixels, fits)
+
+    def memory(self, features: GridFeatures) -> Memory:
+        """Project the features for the decoder; frames and cells become one axis ``C = F * R``."""
+        return self.decoder.memory(features.data.flatten(1, 2), features.mask.flatten(1, 2))
+
+    def forward(self, memory: Memory, tokens: Tensor, lengths: Tensor) -> TeacherForced:
+        """Run the decoder on the true captions.
+
+        Args:
+            memory: for each caption (N rows).
+            tokens: ``(N, T + 1)``: start, the caption, end, padding.
+            lengths: ``(N,)`` number of predictions of each caption, its end included; descending, so
+                that at every step the captions still running are the first rows and padding is never
+                computed.
+
+        Raises:
+            ValueError: if the lengths do not descend.
+        """
+        counts = lengths.tolist()
+        if counts != sorted(counts, reverse=True):
+            raise ValueError("captions must be sorted by length, longest first")
+        rows, steps = len(counts), counts[0]
+        embedded = self.decoder.dropout(self.decoder.embedding(tokens[:, :steps]))
+        state = self.decoder.start(memory)
+        outputs: list[Tensor] = []
+        attention: list[Tensor] = []
+        gates: list[Tensor] = []
+        running = rows
+        for t in range(steps):
+            while counts[running - 1] <= t:
+                running -= 1
+            if running < state.shape[0]:
+                state = state[:running]
+                keys = None if memory.keys is None else memory.keys[:running]
+                memory = Memory(memory.cells[:running], keys, memory.mask[:running])
+            step = self.decoder.step_embedded(embedded[:running, t], state, memory)
+            state = step.state
+            outputs.append(_pad_rows(step.output, rows))
+            if step.attention is not None:
+                attention.append(_pad_rows(step.attention, rows))
+            if step.gate is not None:
+                gates.append(_pad_rows(step.gate, rows))
+        valid = torch.arange(steps, device=lengths.device) < lengths[:, None]
+        return TeacherForced(
+            logits=self.decoder.logits(torch.stack(outputs, 1)[valid]),
+            attention=torch.stack(attention, 1) if attention else None,
+            gates=torch.stack(gates, 1) if gates else None,
+        )
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    if x.shape[0] == rows:
+        return x
+    return torch.cat((x, x.new_zeros(rows - x.shape[0], *x.shape[1:])))

@@ -1,0 +1,1 @@
+"""Training and evaluation for captioner: data sets, feature cache, losses, the loop, metrics."""

@@ -1,0 +1,193 @@
+"""Typed, strict configs: one YAML is one experiment; an unknown key or an impossible value is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from captioner.decoder import DecoderConfig
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the file and the key."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class SourceConfig(_Strict):
+    """One data set in COCO's captions format; paths are relative to the data folder."""
+
+    annotations: str
+    images: Annotated[list[str], Field(min_length=1)]
+    """Tar files or folders that hold the pictures by ``file_name``."""
+    skip_highest: Annotated[int, Field(ge=0)] = 0
+    """Leave out the pictures with the highest ids (they are validation)."""
+    only_highest: Annotated[int, Field(ge=0)] = 0
+    """Take only the pictures with the highest ids."""
+    exclude_sets: list[str] = []
+    """Leave out the pictures whose ``set`` is one of these."""
+    note: str = ""
+    """Who wrote the captions, under what terms; goes into the checkpoint."""
+
+
+class EncoderConfig(_Strict):
+    """Which CNN looks at the picture, and how the picture is prepared for it."""
+
+    name: str
+    size: Annotated[int, Field(ge=32)] | None = None
+    fit: Literal["squash", "crop", "letterbox"] | None = None
+
+
+class TokenizerConfig(_Strict):
+    """Words by frequency, or byte-pair encoding."""
+
+    kind: Literal["word", "bpe"] = "word"
+    min_count: Positive = 5
+    max_size: Annotated[int, Field(ge=8)] | None = None
+    size: Annotated[int, Field(ge=8)] = 4000
+
+
+class DecoderSection(_Strict):
+    """See `captioner.decoder.DecoderConfig`."""
+
+    cell: Literal["rnn_tanh", "rnn_relu", "gru", "lstm"] = "lstm"
+    attention: Literal["additive", "dot", "none"] = "additive"
+    hidden: Positive = 512
+    embedding: Positive = 300
+    cells: Positive = 512
+    attention_width: Positive = 256
+    gate: bool = True
+    deep_output: bool = True
+    tied: bool = True
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    def build(self) -> DecoderConfig:
+        """Return the library's own config."""
+        return DecoderConfig(**self.model_dump())
+
+
+class LossConfig(_Strict):
+    """Teacher-forced cross-entropy and what may be added to it."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    reduction: Literal["tokens", "captions"] = "tokens"
+    """``tokens``: mean over all words; ``captions``: summed over the steps of a caption, mean over captions."""
+    doubly_stochastic: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the regularisation that every cell be looked at in turn (Xu et al. 2015, equation 14)."""
+
+
+class StageConfig(_Strict):
+    """One stage of training: which sources, how long, how fast."""
+
+    name: str
+    sources: dict[str, Positive]
+    """Source name -> how often each of its pictures comes in an epoch."""
+    epochs: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    batch_pictures: Positive = 32
+    captions_per_picture: Positive = 5
+    warmup: Fraction = 0.05
+    """Share of the stage's steps over which the learning rate rises; then it falls along a cosine."""
+    final: Fraction = 0.05
+    """What the cosine falls to, as a share of the learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 5.0
+    """Largest norm of the gradient."""
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the exponential moving average of the weights that is validated and kept; 0 turns it off."""
+    trainable_blocks: Annotated[int, Field(ge=0)] = 0
+    """How many of the encoder's last blocks are fine-tuned; 0 reads features from the cache."""
+    encoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest share of each side that a random crop keeps, when the encoder is fine-tuned."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> StageConfig:
+        if not self.sources:
+            raise ValueError("sources must name at least one data set")
+        if self.crop < 1 and not self.trainable_blocks:
+            raise ValueError("crop needs trainable_blocks: cached features are of whole pictures")
+        return self
+
+
+class SearchConfig(_Strict):
+    """How validation captions are generated."""
+
+    beam: Positive = 3
+    length_penalty: float = 0.7
+    max_length: Positive = 30
+
+
+class DataConfig(_Strict):
+    """Sources to train on and sets to validate on."""
+
+    sources: dict[str, SourceConfig]
+    validation: dict[str, SourceConfig]
+
+
+class TrainingConfig(_Strict):
+    """One experiment."""
+
+    name: str
+    seed: int = 0
+    data: DataConfig
+    encoder: EncoderConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    decoder: DecoderSection = DecoderSection()
+    loss: LossConfig = LossConfig()
+    flips: bool = True
+    """Show each picture mirrored every other time."""
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    search: SearchConfig = SearchConfig()
+    save_minutes: Annotated[float, Field(gt=0)] = 5.0
+    """How often the state is saved within an epoch."""
+
+    @model_validator(mode="after")
+    def _sources_exist(self) -> TrainingConfig:
+        for index, stage in enumerate(self.stages):
+            for name in stage.sources:
+                if name not in self.data.sources:
+                    raise ValueError(
+                        f"stages.{index}.sources names {name!r}, which is not under data.sources "
+                        f"({', '.join(self.data.sources)})"
+                    )
+        if not self.data.validation:
+            raise ValueError(
+                "data.validation must name at least one set: the best checkpoint is chosen on it"
+            )
+        return self
+
+
+def load_config(path: str | Path) -> TrainingConfig:
+    """Read and check a config.
+
+    Raises:
+        ConfigError: one line that names the file and the key.
+    """
+    path = Path(path)
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top level")
+    try:
+        return TrainingConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+            message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+            problems.append(f"{key}: {message}")
+        raise ConfigError(f"{path}: {'; '.join(problems)}") from None

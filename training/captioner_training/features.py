@@ -1,0 +1,170 @@
+"""Pixels and cached features: what the encoder sees, and what it gave, kept as 16-bit memory maps."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from captioner.checkpoint import write_atomically
+from captioner.encoder import Encoder, GridFeatures, encode, photo_mask
+from captioner.images import Fit, ImageError, load
+from captioner_training.data import DataError, DataSet, chunks
+
+_BATCH = 16
+_SAVE_EVERY = 20
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    threads: int = 2,
+    initializer: Callable[[], None] | None = None,
+) -> Iterator[Result]:
+    """Yield ``work(item)`` in order, computed a few items ahead by a pool of threads."""
+    depth = threads + 2
+    with ThreadPoolExecutor(threads, initializer=initializer) as pool:
+        waiting = deque(pool.submit(work, item) for item in items[:depth])
+        for index in range(len(items)):
+            result = waiting.popleft().result()
+            if index + depth < len(items):
+                waiting.append(pool.submit(work, items[index + depth]))
+            yield result
+
+
+def load_pixels(data: DataSet, indices: Sequence[int], encoder: Encoder) -> tuple[Tensor, list[Fit]]:
+    """Return uint8 pixels ``(N, 3, S, S)`` of the given pictures, and how each was fitted.
+
+    Raises:
+        DataError: if a picture cannot be read, naming it.
+    """
+    arrays, fits = [], []
+    for index in indices:
+        picture = data.pictures[index]
+        try:
+            pixels, fit = load(data.store.read(picture.file), encoder.preprocess)
+        except ImageError as error:
+            raise DataError(f"{data.name}: {picture.file}: {error}") from None
+        arrays.append(pixels)
+        fits.append(fit)
+    return torch.from_numpy(np.stack(arrays)), fits
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """Return a hash of the encoder's weights and preprocessing; a change makes a cache stale."""
+    digest = hashlib.sha256(json.dumps(encoder.preprocess.to_dict(), sort_keys=True).encode())
+    for tensor in encoder.network.state_dict().values():
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+class FeatureCache:
+    """The grid features of a data set: ``(variants, N, R, D)`` 16-bit numbers in one memory map.
+
+    Variant 0 is the picture as it is, variant 1 is mirrored. Building is resumable: the number of
+    finished pictures is written beside the map after every batch.
+    """
+
+    def __init__(self, folder: Path, data: DataSet, encoder: Encoder, flips: bool) -> None:
+        self.data = data
+        self.encoder = encoder
+        self.variants = 2 if flips else 1
+        key = hashlib.sha256()
+        key.update(f"{fingerprint(encoder)} {self.variants}".encode())
+        for picture in data.pictures:
+            key.update(f"{picture.id} {picture.file}\n".encode())
+        self._stem = folder / f"{data.name}-{key.hexdigest()[:16]}"
+        self._progress = self._stem.with_suffix(".json")
+        rows, columns = encoder.grid
+        self._shape = (self.variants, len(data), rows * columns, encoder.width)
+        self._map: np.ndarray | None = None
+        self.fits: list[Fit] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return int(np.prod(self._shape, dtype=np.int64)) * 2
+
+    def build(self) -> FeatureCache:
+        """Compute what is not there yet."""
+        self._stem.parent.mkdir(parents=True, exist_ok=True)
+        done = 0
+        if self._progress.exists():
+            state = json.loads(self._progress.read_text())
+            done = state["done"]
+            self.fits = [Fit(f[0], f[1], f[2], tuple(f[3])) for f in state["fits"]]
+        file = self._stem.with_suffix(".f16")
+        mode = "r+" if done and file.exists() else "w+"
+        if mode == "w+":
+            done, self.fits = 0, []
+        array = np.memmap(file, np.float16, mode, shape=self._shape)
+        if done < len(self.data):
+            self._compute(array, done)
+        self._map = np.memmap(file, np.float16, "r", shape=self._shape)
+        return self
+
+    def _compute(self, array: np.memmap, done: int) -> None:
+        encoder = copy.deepcopy(self.encoder).eval().optimise()
+
+        def work(batch: Sequence[int]) -> tuple[list[np.ndarray], list[Fit]]:
+            pixels, fits = load_pixels(self.data, batch, encoder)
+            views = [pixels] if self.variants == 1 else [pixels, pixels.flip(-1)]
+            with torch.inference_mode():
+                return [encode(encoder, v, fits).data[:, 0].half().cpu().numpy() for v in views], fits
+
+        batches = list(chunks(range(done, len(self.data)), _BATCH))
+        bar = tqdm(total=len(self.data), initial=done, desc=f"features of {self.data.name}", unit="picture")
+        # a thread for each core and one core for each thread: small convolutions scale better so than
+        # with all cores on one convolution, above all on a busy machine
+        threads = torch.get_num_threads()
+        try:
+            with bar:
+                computed = ahead(work, batches, threads, initializer=lambda: torch.set_num_threads(1))
+                for count, (batch, (views, fits)) in enumerate(zip(batches, computed, strict=True), 1):
+                    where = slice(batch[0], batch[-1] + 1)
+                    for variant, features in enumerate(views):
+                        array[variant, where] = features
+                    self.fits += fits
+                    bar.update(len(batch))
+                    if count % _SAVE_EVERY == 0 or count == len(batches):
+                        self._save_progress(array, where.stop)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _save_progress(self, array: np.memmap, done: int) -> None:
+        array.flush()
+        state = {"done": done, "fits": [[f.mode, f.width, f.height, f.box] for f in self.fits]}
+        write_atomically(self._progress, json.dumps(state).encode())
+
+    def read(self, indices: Sequence[int], variants: Sequence[int]) -> Tensor:
+        """Return features ``(N, R, D)`` as float32, one variant for each picture."""
+        assert self._map is not None, "build() comes first"
+        return torch.from_numpy(self._map[list(variants), list(indices)].astype(np.float32))
+
+    def mask(self, indices: Sequence[int]) -> Tensor:
+        """Return ``(N, R)``: the share of each cell that lies on the photo."""
+        return torch.tensor([photo_mask(self.encoder.grid, self.fits[i]) for i in indices])
+
+    def grid_features(self, indices: Sequence[int]) -> GridFeatures:
+        """Return the grid features of whole, unmirrored pictures, as ``encode`` would."""
+        data = self.read(indices, [0] * len(indices))
+        return GridFeatures(
+            data=data[:, None],
+            mask=self.mask(indices)[:, None],
+            grid=self.encoder.grid,
+            times=torch.zeros(len(indices), 1),
+            fits=tuple(self.fits[i] for i in indices),
+        )

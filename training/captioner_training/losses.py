@@ -1,0 +1,33 @@
+"""The loss: teacher-forced cross-entropy with label smoothing and doubly stochastic attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captioner.model import TeacherForced
+from captioner_training.config import LossConfig
+
+
+def caption_loss(output: TeacherForced, targets: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
+    """Return the scalar loss of a batch.
+
+    Args:
+        output: of the model's teacher-forced pass over N captions.
+        targets: ``(N, T)`` token ids, the end included, padding after it.
+        lengths: ``(N,)`` number of targets of each caption.
+        config: label smoothing (Szegedy et al. 2016), reduction, and the weight of the doubly stochastic
+            term (Xu et al. 2015, equation 14).
+    """
+    steps = targets.shape[1]
+    valid = torch.arange(steps, device=lengths.device) < lengths[:, None]
+    loss = F.cross_entropy(
+        output.logits, targets[valid], label_smoothing=config.label_smoothing, reduction="sum"
+    )
+    loss = loss / (lengths.sum() if config.reduction == "tokens" else len(lengths))
+    if config.doubly_stochastic and output.attention is not None:
+        # every cell should get its share of the looks: sum over the steps near 1
+        looked = output.attention.sum(1)
+        loss = loss + config.doubly_stochastic * ((1 - looked) ** 2).sum(-1).mean()
+    return loss
