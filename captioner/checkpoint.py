@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from captioner import tokenizer as tokenizers
+from captioner.calibration import Calibration
 from captioner.decoder import DecoderConfig
 from captioner.encoder import Encoder, EncoderError
 from captioner.images import Preprocess
 from captioner.model import CaptionModel
+from captioner.search import SearchOptions
 
 FORMAT_VERSION = 1
 _KEY = "captioner"
@@ -29,7 +31,7 @@ _TIED = "decoder.output.weight"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; one line that names the file, what was expected and what was found."""
+    """A checkpoint that cannot be used; one line that names the file, what was expected and what found."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Header:
         preprocess: how pictures are prepared.
         decoder: shape of the decoder.
         tokenizer: what `captioner.tokenizer.from_dict` reads.
-        calibration: what `captioner.calibration.Calibration.from_dict` reads; None if it was never fitted.
+        calibration: the numbers of a `captioner.calibration.Calibration`; None if it was never fitted.
         search: default search options by name.
         summary: of the training: data, their terms, scores; free-form, for people.
     """
@@ -91,24 +93,29 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save(
-    path: str | Path, model: CaptionModel, header: Header, tensors: Mapping[str, Tensor] | None = None
+    path: str | Path, model: CaptionModel, header: Header, calibration: Calibration | None = None
 ) -> None:
     """Write a checkpoint.
 
     Args:
         path: ends in ``.safetensors``.
         model: its state is stored.
-        header: the rest.
-        tensors: replace some of the state, by name (averaged weights).
+        header: the rest; its ``calibration`` is filled in from ``calibration``.
+        calibration: what makes confidences of probabilities.
 
     Raises:
         OSError: if the file cannot be written.
+        ValueError: if a weight is not finite, or too large for 16 bits.
     """
     from safetensors.torch import save as serialise
 
-    state = {**model.state_dict(), **(tensors or {})}
+    state = model.state_dict()
     if header.decoder.tied:
         del state[_TIED]
+    if calibration is not None:
+        header = replace(header, calibration=calibration.to_dict())
+        state["calibration.mean"] = torch.from_numpy(calibration.mean)
+        state["calibration.basis"] = torch.from_numpy(calibration.basis)
     stored = {
         name: tensor.detach()
         .to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype)
@@ -116,6 +123,9 @@ def save(
         for name, tensor in state.items()
         if not name.endswith("num_batches_tracked")
     }
+    for name, tensor in stored.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite in 16 bits")
     text = json.dumps(header.to_dict(), ensure_ascii=False, separators=(",", ":"))
     write_atomically(Path(path), serialise(stored, {_KEY: text}))
 
@@ -129,7 +139,15 @@ def read_header(path: str | Path) -> Header:
     return _read(Path(path))[0]
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[CaptionModel, Header]:
+class Loaded(NamedTuple):
+    """What a checkpoint holds."""
+
+    model: CaptionModel
+    header: Header
+    calibration: Calibration | None
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     """Load a model, in evaluation mode, with 32-bit weights.
 
     Raises:
@@ -137,6 +155,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[CaptionM
     """
     path = Path(path)
     header, stored = _read(path)
+    calibration = _calibration(path, header, stored)
     try:
         tokenizer = tokenizers.from_dict(header.tokenizer)
     except ValueError as error:
@@ -147,6 +166,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[CaptionM
             model = CaptionModel(encoder, header.decoder, tokenizer)
     except EncoderError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except (RuntimeError, TypeError) as error:  # widths beyond what torch can count
+        raise CheckpointError(f"{path}: its config makes no model: {_line(error)}") from None
+    if calibration is not None and (
+        calibration.mean.shape != (encoder.width,) or calibration.basis.shape[:1] != (encoder.width,)
+    ):
+        raise CheckpointError(
+            f"{path}: the calibration is not for features of width {encoder.width}: its mean has shape "
+            f"{calibration.mean.shape} and its basis {calibration.basis.shape}"
+        )
     expected = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     if header.decoder.tied and "decoder.embedding.weight" in stored:
         stored[_TIED] = stored["decoder.embedding.weight"]
@@ -168,44 +196,72 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[CaptionM
             raise CheckpointError(
                 f"{path}: {name} should have shape {tuple(tensor.shape)} and has {tuple(stored[name].shape)}"
             )
-    full = {
-        name: tensor.to(device, torch.float32 if tensor.is_floating_point() else None)
-        for name, tensor in stored.items()
-    }
+        if not stored[name].is_floating_point():
+            raise CheckpointError(f"{path}: {name} should hold floats and holds {stored[name].dtype}")
+    full = {}
+    for name, tensor in stored.items():
+        wide = tensor.to(torch.float32)
+        if not wide.isfinite().all():
+            raise CheckpointError(f"{path}: damaged: {name} holds numbers that are not finite")
+        full[name] = wide.to(device)
     counters = {
         k: torch.zeros((), dtype=torch.long, device=device) for k in model.state_dict() if k not in full
     }
     model.load_state_dict({**full, **counters}, assign=True)
     if header.decoder.tied:
         model.decoder.output.weight = model.decoder.embedding.weight
-    return model.eval(), header
+    return Loaded(model.eval(), header, calibration)
+
+
+def _calibration(path: Path, header: Header, stored: dict[str, Tensor]) -> Calibration | None:
+    """Take the calibration's tensors out of ``stored`` and put it together."""
+    if header.calibration is None:
+        return None
+    try:
+        mean, basis = stored.pop("calibration.mean"), stored.pop("calibration.basis")
+        return Calibration.from_parts(header.calibration, mean.double().numpy(), basis.double().numpy())
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the calibration lacks {error}") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; give the .safetensors file in it")
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise CheckpointError(f"{path}: is a folder; give the .safetensors file in it")
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path}: is a device or a pipe, not a file")
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             if text is None:
                 raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of captioner")
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: no such checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{path}: cannot be read: {_line(error.strerror or error)}") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged, or not a .safetensors file ({error})") from None
+        raise CheckpointError(f"{path}: damaged, or not a .safetensors file ({_line(error)})") from None
     try:
         data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError("expected keys and values")
         version = data.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: format version {version}; this captioner reads version {FORMAT_VERSION}: "
                 "update captioner, or convert the file"
             )
+        for key, kinds in _HEADER.items():
+            if not isinstance(data[key], kinds):
+                raise ValueError(f"{key} is of the wrong type: {data[key]!r:.80}")
+        if data.keys() - _HEADER.keys():
+            raise ValueError(f"unknown key {min(data.keys() - _HEADER.keys())!r}")
+        SearchOptions(**data["search"]).check()
         header = Header(
             name=data["name"],
             encoder=data["encoder"],
@@ -220,6 +276,23 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
         raise
     except KeyError as error:
         raise CheckpointError(f"{path}: its header lacks {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its header cannot be used: {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header cannot be used: {_line(error)}") from None
     return header, stored
+
+
+_HEADER: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
+    "name": (str,),
+    "encoder": (str,),
+    "preprocess": (dict,),
+    "decoder": (dict,),
+    "tokenizer": (dict,),
+    "calibration": (dict, type(None)),
+    "search": (dict,),
+    "summary": (dict,),
+}
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())

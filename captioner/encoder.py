@@ -8,6 +8,7 @@ torchvision's own modules with their pooling and classifier taken off.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -77,14 +78,17 @@ class GridFeatures:
     def within(self, shares: Tensor) -> GridFeatures:
         """Return the features limited to a region: ``shares`` is ``(B, R)`` or ``(B, F, R)``, 0 to 1.
 
+        What is seen of a cell is the smaller of its mask and its share: of a cell that lies half under a
+        letterbox bar, a region around the whole photo leaves that half.
+
         Raises:
             ValueError: if nothing of some item is left to see.
         """
         if shares.dim() == 2:
             shares = shares[:, None, :]
-        mask = self.mask * shares.to(self.mask)
+        mask = torch.minimum(self.mask, shares.to(self.mask).expand_as(self.mask))
         for item, seen in enumerate(mask.flatten(1).amax(1).tolist()):
-            if seen <= 0:
+            if not seen > 0:
                 raise ValueError(f"the region of picture {item + 1} covers no part of what the model sees")
         return replace(self, mask=mask)
 
@@ -153,7 +157,11 @@ def region_shares(region: Any, grid: tuple[int, int], fit: Fit) -> list[float]:
     """
     import numpy as np
 
-    array = np.asarray(region)
+    try:
+        array = np.asarray(region)
+        array = array if array.dtype == bool else array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("a region is a box (left, top, right, bottom) or a mask (height, width)") from None
     if array.ndim == 2:
         if array.shape != (fit.height, fit.width):
             raise ValueError(
@@ -182,7 +190,7 @@ def region_shares(region: Any, grid: tuple[int, int], fit: Fit) -> list[float]:
         shares = [share if share > 1e-9 else 0.0 for share in shares]
     elif array.shape == (4,):
         left, top, right, bottom = (float(v) for v in array)
-        if not np.isfinite(array.astype(float)).all() or right <= left or bottom <= top:
+        if not np.isfinite(array).all() or right <= left or bottom <= top:
             raise ValueError(
                 f"region {left:g},{top:g},{right:g},{bottom:g} is empty: give left,top,right,bottom in pixels"
             )
@@ -265,7 +273,7 @@ class InvertedResidual(nn.Module):
 def efficientnet_lite(width: float, depth: float) -> nn.Sequential:
     """Build EfficientNet-Lite without its classifier: stem, blocks, head.
 
-    Maps ``(N, 3, S, S)`` to ``(N, 1280, ceil(S / 32), ceil(S / 32))``, the last map after its activation (0 to 6).
+    Maps ``(N, 3, S, S)`` to ``(N, 1280, ceil(S / 32), ceil(S / 32))``, after the last activation (0 to 6).
     """
 
     def channels(count: int) -> int:
@@ -290,14 +298,22 @@ def efficientnet_lite(width: float, depth: float) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What makes an encoder: a builder of the bare network, its preprocessing, and who publishes weights."""
+    """What makes an encoder: a builder of the bare network, its preprocessing, and who publishes weights.
+
+    All have a stride of 32. ``whole`` says that a cell needs all of its 32 pixels: a rest at the right and
+    the bottom is not seen. The others pad such a rest to a cell.
+    """
 
     build: Callable[[], nn.Sequential]
     width: int
-    stride: int
     preprocess: Preprocess
     load: Callable[[nn.Module], None]
     weights_note: str
+    whole: bool = False
+
+    def side(self, size: int) -> int:
+        """Return the number of cells along a side of a picture of ``size`` pixels."""
+        return size // 32 if self.whole else -(-size // 32)
 
 
 _LITE_SIZES = {0: (1.0, 1.0, 224), 1: (1.0, 1.1, 240), 2: (1.1, 1.2, 256)}
@@ -308,7 +324,6 @@ def _lite(variant: int) -> EncoderSpec:
     return EncoderSpec(
         build=lambda: efficientnet_lite(width, depth),
         width=1280,
-        stride=32,
         preprocess=Preprocess(
             size=size, fit="squash", mean=(127.0,) * 3, std=(128.0,) * 3, interpolation="bicubic", resize=None
         ),
@@ -380,21 +395,31 @@ def _torchvision_spec(name: str) -> EncoderSpec:
 
     def load(network: nn.Module) -> None:
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True)
-        except Exception as error:  # urllib, OSError, a wrong hash: all mean that the file is not to be had
-            raise EncoderError(
-                f"the weights of {name} could not be fetched ({type(error).__name__}): "
-                f"download {weights.url} and put it at {file}"
-            ) from error
+        if not file.exists():
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                # torchvision's files carry the beginning of their hash in their names
+                torch.hub.download_url_to_file(
+                    weights.url, str(file), file.stem.rsplit("-", 1)[1], progress=False
+                )
+            except Exception as error:  # no network, a full disk, a wrong hash: the file is not to be had
+                raise EncoderError(
+                    f"the weights of {name} could not be fetched ({type(error).__name__}): "
+                    f"download {weights.url} and put it at {file}"
+                ) from error
         whole = getattr(models, name)(weights=None)
-        whole.load_state_dict(state)
+        try:
+            whole.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # a damaged file can make torch raise almost anything
+            raise EncoderError(
+                f"{file} does not hold the weights of {name} ({type(error).__name__}): "
+                f"delete it, or put {weights.url} there"
+            ) from error
         network.load_state_dict(cut(whole).state_dict())
 
     return EncoderSpec(
         build=lambda: cut(getattr(models, name)(weights=None)),
         width=width,
-        stride=32,
         preprocess=Preprocess(
             size=preset.crop_size[0],
             fit="crop",
@@ -405,6 +430,7 @@ def _torchvision_spec(name: str) -> EncoderSpec:
         ),
         load=load,
         weights_note=f"ImageNet weights of {name}, torchvision's {weights}",
+        whole=name.startswith("convnext"),
     )
 
 
@@ -412,7 +438,7 @@ ENCODERS: dict[str, Callable[[], EncoderSpec]] = {
     **{f"efficientnet_lite{v}": (lambda v=v: _lite(v)) for v in _LITE_SIZES},  # type: ignore[misc]
     **{name: (lambda name=name: _torchvision_spec(name)) for name in _TORCHVISION},  # type: ignore[misc]
 }
-"""Name -> function that gives the specification; a function so that torchvision is imported only when needed."""
+"""Name -> function that gives the specification, so that torchvision is imported only when it is needed."""
 
 
 class Encoder(nn.Module):
@@ -423,6 +449,7 @@ class Encoder(nn.Module):
         width: D, the feature width.
         preprocess: how pictures must be prepared.
         grid: ``(H, W)``, the native grid at the preprocessing's size.
+        trainable: how many of the network's last blocks are not frozen.
     """
 
     def __init__(self, name: str, *, pretrained: bool = False, preprocess: Preprocess | None = None) -> None:
@@ -443,7 +470,9 @@ class Encoder(nn.Module):
         self.name = name
         self.width = spec.width
         self.preprocess = preprocess or spec.preprocess
-        side = -(-self.preprocess.size // spec.stride)
+        side = spec.side(self.preprocess.size)
+        if side < 1:
+            raise EncoderError(f"{name} needs pictures of at least 32 pixels, not {self.preprocess.size}")
         self.grid = (side, side)
         self.weights_note = spec.weights_note
         self.network = spec.build()
@@ -453,14 +482,19 @@ class Encoder(nn.Module):
 
     def freeze(self, trainable: int = 0) -> Encoder:
         """Freeze all but the last ``trainable`` blocks of the network; BatchNorm statistics always."""
+        self.trainable = trainable
         for index, block in enumerate(self.network):
-            for parameter in block.parameters():
-                parameter.requires_grad_(index >= len(self.network) - trainable)
-        return self
+            block.requires_grad_(index >= len(self.network) - trainable)
+        return self.train(self.training)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Set the mode, but keep BatchNorm in evaluation: its statistics never drift."""
+        """Set the mode of the trainable blocks, where it matters to stochastic depth.
+
+        BatchNorm and frozen blocks stay in evaluation: no statistics drift, and what is frozen gives the
+        same features every time.
+        """
         super().train(mode)
+        self.network[: max(0, len(self.network) - self.trainable)].eval()
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -469,7 +503,7 @@ class Encoder(nn.Module):
     def optimise(self) -> Encoder:
         """Fold BatchNorm into the convolutions and lay the weights out channels-last, for inference only."""
         fuse(self.network)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.to(memory_format=torch.channels_last)
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -485,45 +519,46 @@ def cells(feature_map: Tensor) -> Tensor:
 _MICRO_BATCH = 8
 
 
-def encode(
-    encoder: Encoder, pixels: Tensor, fits: Sequence[Fit], network: nn.Module | None = None
-) -> GridFeatures:
-    """Turn uint8 pictures ``(B, 3, S, S)`` into grid features ``(B, 1, R, D)``, on the encoder's device.
-
-    ``network`` computes the same function as the encoder's own (partly folded, say) and is used in its place.
-    """
-    network = network or encoder.network
-    weight = next(network.parameters())
-    # a few pictures at a time keep a CPU's caches warm: 8 measured 1.3 to 1.6 times as fast as 32
-    size = len(pixels) if weight.device.type != "cpu" else _MICRO_BATCH
-    parts = []
-    for part in pixels.split(size):
-        normalised = normalise(part.to(weight.device), encoder.preprocess).to(weight.dtype)
-        parts.append(cells(network(normalised.contiguous(memory_format=torch.channels_last))))
-    data = torch.cat(parts)
-    mask = torch.tensor([photo_mask(encoder.grid, fit) for fit in fits], device=weight.device)
+def encode(encoder: Encoder, pixels: Tensor, fits: Sequence[Fit]) -> GridFeatures:
+    """Turn uint8 pictures ``(B, 3, S, S)`` into grid features ``(B, 1, R, D)``, on the encoder's device."""
+    data = compute(encoder.network, pixels, encoder.preprocess)
+    mask = torch.tensor([photo_mask(encoder.grid, fit) for fit in fits], device=data.device)
     return GridFeatures(
         data=data[:, None].float(),
         mask=mask[:, None],
         grid=encoder.grid,
-        times=torch.zeros(len(fits), 1, device=weight.device),
+        times=torch.zeros(len(fits), 1, device=data.device),
         fits=tuple(fits),
     )
+
+
+def compute(network: nn.Module, pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """Return the cells ``(B, R, D)`` that a network (or its lower blocks) gives for uint8 pictures."""
+    weight = next(network.parameters())
+    # a few pictures at a time keep a CPU's caches warm: 8 measured 1.3 to 1.6 times as fast as 32
+    size = _MICRO_BATCH if weight.device.type == "cpu" else len(pixels)
+    parts = []
+    for part in pixels.split(size):
+        normalised = normalise(part.to(weight.device), preprocess).to(weight.dtype)
+        parts.append(cells(network(normalised.contiguous(memory_format=torch.channels_last))))
+    return torch.cat(parts)
 
 
 def fuse(module: nn.Module) -> nn.Module:
     """Fold every BatchNorm that follows a convolution into it, in place, for inference.
 
-    The same function in exact arithmetic: BatchNorm in evaluation is an affine map per channel.
+    The same function in exact arithmetic: BatchNorm in evaluation is an affine map per channel. One follows
+    the other in a `nn.Sequential`, and where a residual block calls them ``conv1`` and ``bn1``.
     """
     for child in module.children():
         fuse(child)
-    if isinstance(module, nn.Sequential):
-        parts = list(module._modules.items())
-        for (_, conv), (name, norm) in zip(parts, parts[1:], strict=False):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                _fold(conv, norm)
-                module._modules[name] = nn.Identity()
+    parts = list(module._modules.items())
+    for (first, conv), (name, norm) in itertools.pairwise(parts):
+        if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
+            continue
+        if isinstance(module, nn.Sequential) or name == first.replace("conv", "bn"):
+            _fold(conv, norm)
+            module._modules[name] = nn.Identity()
     return module
 
 

@@ -58,8 +58,7 @@ class CaptionModel(nn.Module):
             memory: for each caption (N rows).
             tokens: ``(N, T + 1)``: start, the caption, end, padding.
             lengths: ``(N,)`` number of predictions of each caption, its end included; descending, so
-                that at every step the captions still running are the first rows and padding is never
-                computed.
+                that the captions still running are always the first rows and little padding is computed.
 
         Raises:
             ValueError: if the lengths do not descend.
@@ -73,15 +72,16 @@ class CaptionModel(nn.Module):
         outputs: list[Tensor] = []
         attention: list[Tensor] = []
         gates: list[Tensor] = []
-        running = rows
+        kept = running = rows
         for t in range(steps):
             while counts[running - 1] <= t:
                 running -= 1
-            if running < state.shape[0]:
-                state = state[:running]
-                keys = None if memory.keys is None else memory.keys[:running]
-                memory = Memory(memory.cells[:running], keys, memory.mask[:running])
-            step = self.decoder.step_embedded(embedded[:running, t], state, memory)
+            if running <= _CUT * kept:  # drop the captions that have ended, but not at every step: cuts cost
+                kept = running
+                state = state[:kept]
+                keys = None if memory.keys is None else memory.keys[:kept]
+                memory = Memory(memory.cells[:kept], keys, memory.mask[:kept])
+            step = self.decoder.step_embedded(embedded[:kept, t], state, memory)
             state = step.state
             outputs.append(_pad_rows(step.output, rows))
             if step.attention is not None:
@@ -91,9 +91,12 @@ class CaptionModel(nn.Module):
         valid = torch.arange(steps, device=lengths.device) < lengths[:, None]
         return TeacherForced(
             logits=self.decoder.logits(torch.stack(outputs, 1)[valid]),
-            attention=torch.stack(attention, 1) if attention else None,
-            gates=torch.stack(gates, 1) if gates else None,
+            attention=torch.stack(attention, 1) * valid[..., None] if attention else None,
+            gates=torch.stack(gates, 1) * valid if gates else None,
         )
+
+
+_CUT = 0.75
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

@@ -362,7 +362,6 @@ def _to_pdf(page: _Page, title: str) -> bytes:
 
     settings: dict[Any, Any] = {
         "pdf.fonttype": 42,  # real text: to be selected and edited
-        "image.composite_image": False,  # or all pictures are merged into one at low resolution
         "font.family": ["DejaVu Sans"],
     }
     with _MATPLOTLIB, matplotlib.rc_context(settings):
@@ -1227,7 +1226,6 @@ def html(
         "top": view.top,
         "size": list(size),
         "colours": _colour(np.linspace(0, 1, 128)).tolist(),
-        "seenWhole": view.whole or not view.attends,
         "words": words,
     }
     # inside a script element only "<" could end it, but "&" and ">" confuse other readers
@@ -1258,7 +1256,7 @@ def html(
         "RAMP": ramp,
         "TOP": f"{view.top:g}",
         "LEGEND": "" if view.attends else " hidden",
-        "NOTE": "" if view.attends else f'<p class="note">{NO_ATTENTION}</p>' if caption.words else "",
+        "NOTE": f'<p class="note">{NO_ATTENTION}</p>' if caption.words and not view.attends else "",
         "HATCHED": "" if view.whole or not view.attends else " Hatched: outside what the model saw.",
         "SMOOTH": " checked" if smooth else "",
         "DATA": encoded,

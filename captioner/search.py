@@ -11,8 +11,10 @@ its own. Without required words the machine has one state and this is plain beam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from captioner.decoder import Decoder, Memory
 from captioner.tokenizer import END, PAD, START, UNKNOWN
 
 MAX_STATES = 64
-"""Largest number of machine states: six required words."""
+"""Largest number of machine states: six required words of one token each."""
 
 _NEVER = float("-inf")
 
@@ -33,7 +35,7 @@ class SearchOptions:
 
     Attributes:
         beam: hypotheses kept at each step; 1 is greedy.
-        sample: draw words at random instead; ``beam`` is not used then.
+        sample: draw words at random instead; ``beam`` then matters only to required words.
         length_penalty: a finished hypothesis is ranked by log-probability / length ** length_penalty (given
             words do not count, the end does). 0 prefers short captions, larger values longer ones.
         no_repeat_ngram: no sequence of this many tokens occurs twice; 0 allows all.
@@ -63,6 +65,13 @@ class SearchOptions:
         Raises:
             ValueError: naming the option that is impossible.
         """
+        for option in fields(self):
+            value = getattr(self, option.name)
+            wanted = {"bool": bool, "int": Integral, "float": Real}[str(option.type)]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+                raise ValueError(f"{option.name} must be of type {option.type}, not {value!r}")
+            if isinstance(value, Real) and not math.isfinite(value):
+                raise ValueError(f"{option.name} must be a finite number, not {value}")
         for name in ("beam", "max_length", "n_best"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -75,8 +84,6 @@ class SearchOptions:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not np.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty must be a number, not {self.length_penalty}")
         if not self.sample and self.n_best > self.beam:
             raise ValueError(f"n_best {self.n_best} needs a beam at least as wide; it is {self.beam}")
         return self
@@ -90,7 +97,7 @@ class Hypothesis:
         tokens: T ids; the first ``given`` of them are the prefix.
         given: number of tokens that the caller gave.
         finished: whether the end was chosen, as opposed to the maximum length reached.
-        score: what it was ranked by, in nats.
+        score: log-probability / length ** length_penalty, in nats; what the beam ranks by.
         log_probability: of the chosen tokens and the end, in nats; given tokens do not count.
         token_log_probabilities: ``(T,)``, of all tokens, the given ones too.
         attention: ``(T, C)`` or None.
@@ -136,8 +143,10 @@ class Machine:
             continues: ``(V,)`` whether a token continues a word (BPE); None if every token is a word.
 
         Raises:
-            ValueError: if it would take more than `MAX_STATES` states.
+            ValueError: if something required is empty, or it would take more than `MAX_STATES` states.
         """
+        if any(not phrases or not all(phrases) for phrases in requirements):
+            raise ValueError("a required word is empty")
         tokens = sorted({token for phrases in requirements for phrase in phrases for token in phrase})
         self.symbols = {token: i + 2 for i, token in enumerate(tokens)}
         self.continues = continues
@@ -146,7 +155,7 @@ class Machine:
             (None, True),
             *((token, bool(continues is not None and continues[token])) for token in tokens),
         ]
-        begin = tuple(() for _ in requirements)
+        begin: tuple[Phrase, ...] = tuple(() for _ in requirements)
         index: dict[tuple[Phrase, ...], int] = {begin: 0}
         queue, table = [begin], []
         for state in queue:
@@ -158,41 +167,45 @@ class Machine:
                 )
                 if following not in index:
                     if len(index) >= MAX_STATES:
-                        raise ValueError("too many required words: six single words are the most")
+                        raise ValueError(
+                            "too many required words: at most six, and fewer if they take several tokens each"
+                        )
                     index[following] = len(index)
                     queue.append(following)
                 row.append(index[following])
             table.append(row)
         self.table = np.array(table, dtype=np.int64)
-        missing = [
-            [self._missing(part, phrases) for part, phrases in zip(state, requirements, strict=True)]
+        said = [
+            [part == _DONE or _says(part, phrases) for part, phrases in zip(state, requirements, strict=True)]
             for state in queue
         ]
-        self.needed = np.array([sum(parts) for parts in missing], dtype=np.int64)
-        self.accepting = self.needed == 0
+        self.accepting = np.array([all(parts) for parts in said])
+        # the shortest way to an accepting state: one token more than from the best next state
+        self.needed = np.where(self.accepting, 0, len(queue))
+        for _ in queue:
+            self.needed = np.minimum(self.needed, self.needed[self.table].min(1) + 1)
 
     def _advance(
         self, part: Phrase, phrases: Sequence[Phrase], token: int | None, continuing: bool
     ) -> Phrase:
         """Return the longest suffix that begins a phrase, or done; a whole phrase must end with its word."""
-        if part == _DONE or (part in phrases and not continuing):
+        if part == _DONE or (_says(part, phrases) and not continuing):
             return _DONE
         if token is None:
             return ()
         grown = (*part, token)
+        if self.continues is None and _says(grown, phrases):
+            return _DONE
         for start in range(len(grown)):
             suffix = grown[start:]
-            if suffix in phrases and self.continues is None:
-                return _DONE
             if any(phrase[: len(suffix)] == suffix for phrase in phrases):
                 return suffix
         return ()
 
-    @staticmethod
-    def _missing(part: Phrase, phrases: Sequence[Phrase]) -> int:
-        if part == _DONE or part in phrases:
-            return 0
-        return min(len(p) - (len(part) if p[: len(part)] == part else 0) for p in phrases)
+
+def _says(part: Phrase, phrases: Sequence[Phrase]) -> bool:
+    """Return whether the tokens end with a whole phrase (while they may begin a longer one)."""
+    return any(part[len(part) - len(phrase) :] == phrase for phrase in phrases if len(phrase) <= len(part))
 
 
 class _Machines:
@@ -200,12 +213,13 @@ class _Machines:
 
     def __init__(self, machines: Sequence[Machine], vocabulary: int, device: torch.device) -> None:
         self.states = max(len(m.table) for m in machines)
+        self.sizes = [len(m.table) for m in machines]
+        self.continues = any(m.continues is not None for m in machines)
         symbols = max(m.table.shape[1] for m in machines)
         table = np.zeros((len(machines), self.states, symbols), np.int64)
         accepting = np.zeros((len(machines), self.states), bool)
         mapping = np.zeros((len(machines), vocabulary), np.int64)
-        self.extra = max(len(m.symbols) for m in machines)
-        tokens = np.full((len(machines), self.extra), PAD, np.int64)
+        tokens = np.full((len(machines), max(len(m.symbols) for m in machines)), PAD, np.int64)
         for i, machine in enumerate(machines):
             table[i, : len(machine.table), : machine.table.shape[1]] = machine.table
             accepting[i, : len(machine.table)] = machine.accepting
@@ -254,7 +268,7 @@ class _Trace:
         given: Sequence[int],
         facts: list[tuple[bool, float, float]],
     ) -> list[Hypothesis]:
-        """Follow the parents back from ``(picture, step, slot)``: the slot filled at that step, or -1 for none."""
+        """Follow the parents back from ``(picture, step, slot)``; a step of -1 stands for no token at all."""
         arrays = {
             name: [tensor.cpu().numpy() for tensor in getattr(self, name)]
             for name in ("rows", "tokens", "parents", "log_probs", "gates", "alternatives", "probabilities")
@@ -335,15 +349,30 @@ def search(
     options.check()
     pictures = memory.mask.shape[0]
     prefixes = [list(p) for p in prefixes] if prefixes is not None else [[] for _ in range(pictures)]
+    seeds = list(seeds) if seeds is not None else list(range(pictures))
+    bound = [i for i in range(pictures) if machines and len(machines[i].table) > 1]
+    if machines and len(bound) < pictures:  # pictures that require nothing get what they get by themselves
+        results: dict[int, list[Hypothesis]] = {}
+        for rows in (bound, [i for i in range(pictures) if i not in bound]):
+            some = search(
+                decoder,
+                memory.select(torch.tensor(rows, dtype=torch.long, device=memory.mask.device)),
+                options,
+                prefixes=[prefixes[i] for i in rows],
+                machines=[machines[i] for i in rows] if rows is bound else None,
+                seeds=[seeds[i] for i in rows],
+            )
+            results.update(zip(rows, some, strict=True))
+        return [results[i] for i in range(pictures)]
     for i, prefix in enumerate(prefixes):
         needed = len(prefix) + (int(machines[i].needed[_state_after(machines[i], prefix)]) if machines else 0)
         if needed > options.max_length:
             raise ValueError(
-                f"the prefix and the required words take {needed} tokens, more than max_length {options.max_length}"
+                f"the prefix and the required words take {needed} tokens, "
+                f"more than max_length {options.max_length}"
             )
     if options.sample:
         repeated = torch.arange(pictures).repeat_interleave(options.n_best).to(memory.mask.device)
-        seeds = list(seeds) if seeds is not None else list(range(pictures))
         found = _Search(
             decoder,
             memory.select(repeated),
@@ -384,7 +413,8 @@ class _Search:
         pictures = memory.mask.shape[0]
         self.machines = _Machines(machines, self.vocabulary, device) if machines else None
         self.states = self.machines.states if self.machines else 1
-        self.beam = 1 if options.sample else options.beam
+        # required words are drawn by a beam as well, the best of it under random noise
+        self.beam = 1 if options.sample and self.machines is None else options.beam
         self.slots = self.states * self.beam
         # one walk (greedy or sampled) takes the end like any other token; a beam collects ends in a pool
         self.walk = self.beam == 1 and self.machines is None
@@ -415,8 +445,9 @@ class _Search:
         self.tokens = torch.full((pictures, self.slots), START, device=device)
         self.score = torch.full((pictures, self.slots), _NEVER, device=device)
         self.score[:, 0] = 0.0
-        # what hypotheses are ranked by; the same as their log-probability but under random noise
+        # the score is what running hypotheses are ranked by: their log-probability, or noise (`_perturbed`)
         self.log_prob = self.score.clone()
+        self.drawn = self.score.clone()  # log-probability under the distribution that samples come from
         self.machine_state = torch.arange(self.states, device=device).repeat_interleave(self.beam)
         self.history = torch.zeros(pictures, self.slots, 0, dtype=torch.long, device=device)
 
@@ -428,10 +459,8 @@ class _Search:
             self._step(t)
         counts = (self.pool_score > _NEVER).sum(1).tolist()
         if self.options.sample:  # report the hypothesis without the noise that chose it
-            self.pool_score = self.pool_log_prob / (
-                (self.pool_step + 2 - torch.tensor(self.given, device=self.device)[:, None]).clamp(min=1)
-                ** self.options.length_penalty
-            )
+            length = self.pool_step + 2 - torch.tensor(self.given, device=self.device)[:, None]
+            self.pool_score = self.pool_log_prob / length.clamp(min=1).float() ** self.options.length_penalty
         ends, facts = [], []
         steps, slots = self.pool_step.tolist(), self.pool_slot.tolist()
         finished, scores = self.pool_finished.tolist(), self.pool_score.tolist()
@@ -447,12 +476,12 @@ class _Search:
         options, n = self.options, len(self.rows)
         output = self.decoder.step(self.tokens.flatten(), self.state, self.memory)
         raw = torch.log_softmax(self.decoder.logits(output.output).float(), -1).view(n, self.slots, -1)
-        allowed = self._allowed(raw, t)
         if t == options.max_length:  # nothing but the end may follow; what does not end is returned as it is
-            self._finish(raw[..., END], t, cut=raw.argmax(-1) != END)
+            self._cut(raw, t)
             self.rows = self.rows[:0]
             return
         self._record(raw, output.attention, output.gate)
+        allowed = self._allowed(raw, t)
         if self.walk:
             done = self._walk(raw, allowed, t, output.state)
         else:
@@ -461,7 +490,7 @@ class _Search:
             self._keep(~done)
 
     def _allowed(self, raw: Tensor, t: int) -> Tensor:
-        """Return log-probabilities ``(n, G, V)`` with what must not follow at -inf; given words cost nothing."""
+        """Return log-probabilities ``(n, G, V)``, -inf for what must not follow, 0 for given words."""
         options = self.options
         allowed = raw.clone()
         allowed[..., [PAD, START, UNKNOWN]] = _NEVER
@@ -480,6 +509,8 @@ class _Search:
                 allowed[given] = _NEVER
                 which = given.nonzero().squeeze(1)
                 allowed[which, :, self.forced[which, t]] = 0.0
+        stuck = allowed.amax(-1) == _NEVER  # what can say nothing more can only end
+        allowed[..., END] = torch.where(stuck, raw[..., END], allowed[..., END])
         return allowed
 
     def _record(self, raw: Tensor, attention: Tensor | None, gate: Tensor | None) -> None:
@@ -496,17 +527,11 @@ class _Search:
 
     def _walk(self, raw: Tensor, allowed: Tensor, t: int, state: Tensor) -> Tensor:
         """Take one token for each picture: the likeliest, or one drawn at random."""
-        choices = allowed[:, 0]
-        if self.options.sample:
-            token = self._draw(choices)
-        else:
-            token = choices.argmax(-1)
-        # a vocabulary in which nothing is allowed any more can only end
-        token = torch.where(choices.amax(-1) == _NEVER, torch.full_like(token, END), token)
+        token = self._draw(allowed[:, 0]) if self.options.sample else allowed[:, 0].argmax(-1)
         ended = token == END
         if bool(ended.any()):
-            ends = torch.where(ended, raw[:, 0, END], torch.full_like(raw[:, 0, END], _NEVER))
-            self._finish(ends[:, None], t)
+            ends = raw[..., END]
+            self._finish((self.score + ends).masked_fill(~ended[:, None], _NEVER), ends, t)
         gained = raw[:, 0].gather(1, token[:, None])
         free = (t >= self.lengths).to(gained)[:, None]
         self.log_prob = self.score = self.score + gained * free
@@ -521,7 +546,8 @@ class _Search:
         """Draw tokens by the inverse of the cumulative distribution, with each picture's own generator."""
         assert self.generators is not None
         options = self.options
-        ranked, ids = (log_probs / options.temperature).sort(dim=-1, descending=True, stable=True)
+        # on the CPU, where the generators are: not every device has 64-bit floats
+        ranked, ids = self._tempered(log_probs).cpu().sort(dim=-1, descending=True, stable=True)
         probs = torch.softmax(ranked, -1)
         if options.top_k:
             probs[:, options.top_k :] = 0
@@ -531,51 +557,65 @@ class _Search:
         cumulative = probs.double().cumsum(-1)
         uniform = torch.cat(
             [torch.rand(1, generator=self.generators[row], dtype=torch.double) for row in self.rows.tolist()]
-        ).to(self.device)
+        )
         place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
         # rounding must not step beyond the last token that has any probability
         last = (probs > 0).sum(-1, keepdim=True) - 1
-        return ids.gather(1, torch.minimum(place, last.clamp(min=0))).squeeze(1)
+        return ids.gather(1, torch.minimum(place, last)).squeeze(1).to(self.device)
 
-    def _beam(self, raw: Tensor, allowed: Tensor, t: int, state: Tensor) -> Tensor:
+    def _tempered(self, log_probs: Tensor) -> Tensor:
+        """Divide by the temperature, however small: the best stays at 0."""
+        return (log_probs - log_probs.amax(-1, keepdim=True)) / max(self.options.temperature, 1e-6)
+
+    def _beam(self, raw: Tensor, allowed: Tensor, t: int, following: Tensor) -> Tensor:
         """Extend every hypothesis, keep the best K of each machine state, and pool those that end."""
         n, slots, beam = len(self.rows), self.slots, self.beam
-        self._finish(allowed[..., END], t)
-        allowed[..., END] = _NEVER
-        total = self.score[..., None] + (self._perturbed(allowed) if self.options.sample else allowed)
-        # every slot offers its best K tokens that no machine cares about, and all those that one does
-        extra = self.machines.extra if self.machines else 0
-        offers = min(beam + extra, self.vocabulary)
-        scores, tokens = total.topk(offers, -1)
+        drawn = None
+        if self.options.sample:
+            total, drawn = self._perturbed(allowed)
+        else:
+            total = self.score[..., None] + allowed
+        ends = total[..., END]
         if self.machines is not None:
-            required = self.machines.tokens[:, None, :].expand(n, slots, extra)
-            offered = (required[..., None] == tokens[:, :, None, :]).any(-1)
-            more = total.gather(2, required).masked_fill(offered | (required == PAD), _NEVER)
-            tokens, scores = torch.cat((tokens, required), -1), torch.cat((scores, more), -1)
-        width = tokens.shape[-1]
-        flat = scores.flatten(1)
+            ends = ends.masked_fill(~self.machines.accepting[:, self.machine_state], _NEVER)
+        self._finish(ends, raw[..., END], t)
+        total[..., END] = _NEVER
         # while everything fits into the beam the search is exhaustive
         self.pruned |= (total > _NEVER).flatten(1).sum(1) > beam
-        if self.machines is not None:
+        count = min(beam, self.vocabulary)
+        if self.machines is None:
+            scores, tokens = total.topk(count, -1)
+            width = count
+            best, choice = scores.flatten(1).topk(beam, -1)
+        else:
+            # every slot offers its best K of the tokens that are alike to the machine, and all required ones
+            offers = []
+            for symbol in range(2 if self.machines.continues else 1):
+                alike = self.machines.mapping[:, None] == symbol
+                offers.append(total.masked_fill(~alike, _NEVER).topk(count, -1))
+            required = self.machines.tokens[:, None].expand(n, slots, -1)
+            tokens = torch.cat([*(o.indices for o in offers), required], -1)
+            scores = torch.cat([*(o.values for o in offers), total.gather(2, required)], -1)
+            width = tokens.shape[-1]
             old = self.machine_state[None, :, None].expand(n, slots, width)
             target = self.machines.follow(old, tokens).flatten(1)
-            kept = []
-            for s in range(self.states):
-                kept.append(flat.masked_fill(target != s, _NEVER).topk(min(beam, flat.shape[1]), -1))
+            kept = [
+                scores.flatten(1).masked_fill(target != state, _NEVER).topk(beam, -1)
+                for state in range(self.states)
+            ]
             best = torch.cat([k.values for k in kept], -1)
             choice = torch.cat([k.indices for k in kept], -1)
-        else:
-            best, choice = flat.topk(min(beam, flat.shape[1]), -1)
-            if best.shape[1] < beam:
-                pad = (0, beam - best.shape[1])
-                best = torch.nn.functional.pad(best, pad, value=_NEVER)
-                choice = torch.nn.functional.pad(choice, pad)
+            lost = (best.amax(1) == _NEVER) & (self.pool_score[self.rows, 0] == _NEVER)
+            if bool(lost.any()):  # the required words have become impossible
+                self._cut(raw, t, lost)
         parents = choice // width
         token = tokens.flatten(1).gather(1, choice)
         flat_parent = (torch.arange(n, device=self.device)[:, None] * slots + parents).flatten()
         gained = raw.flatten(0, 1)[flat_parent].gather(1, token.flatten()[:, None]).view(n, slots)
         free = (t >= self.lengths).to(gained)[:, None]
         self.log_prob = self.log_prob.gather(1, parents) + gained * free
+        if drawn is not None:
+            self.drawn = drawn.flatten(0, 1)[flat_parent].gather(1, token.flatten()[:, None]).view(n, slots)
         self.score = best
         self.trace.tokens.append(token)
         self.trace.parents.append(parents)
@@ -583,62 +623,83 @@ class _Search:
         self.history = torch.cat(
             (self.history.flatten(0, 1)[flat_parent].view(n, slots, t), token[..., None]), -1
         )
-        self.tokens, self.state = token, state[flat_parent]
+        self.tokens, self.state = token, following[flat_parent]
         return self._done(t)
 
-    def _perturbed(self, allowed: Tensor) -> Tensor:
-        """Add Gumbel noise to the log-probabilities: the best of them is then a sample (Kool et al. 2019).
+    def _perturbed(self, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return random scores and log-probabilities, both ``(n, G, V)``: stochastic beam search.
 
-        With required words a sample is the best hypothesis of the constrained search under this noise.
+        Each hypothesis gets its log-probability plus Gumbel noise, drawn such that the best continuation of
+        a hypothesis has its very score (Kool et al. 2019, https://arxiv.org/abs/1903.06059). The best caption
+        of all is then a sample, and the best that holds the required words a sample of those that do, as far
+        as the beam reaches.
         """
         assert self.generators is not None
+        assert self.machines is not None
         options = self.options
-        scaled = allowed / options.temperature
+        scaled = self._tempered(allowed)
+        chosen = scaled
         if options.top_k and options.top_k < self.vocabulary:
-            scaled = scaled.masked_fill(scaled < scaled.topk(options.top_k, -1).values[..., -1:], _NEVER)
+            chosen = chosen.masked_fill(chosen < chosen.topk(options.top_k, -1).values[..., -1:], _NEVER)
         if options.top_p < 1:
-            ranked, order = scaled.sort(-1, descending=True)
+            ranked, order = chosen.sort(-1, descending=True)
             probs = torch.softmax(ranked, -1)
             outside = (probs.cumsum(-1) - probs) >= options.top_p
-            scaled = scaled.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), _NEVER)
+            chosen = chosen.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), _NEVER)
         # required words always stay possible
-        assert self.machines is not None
-        index = self.machines.tokens[:, None, :].expand(-1, self.slots, -1)
-        scaled = scaled.scatter(-1, index, allowed.gather(-1, index) / options.temperature)
-        noise = torch.stack(
-            [torch.rand(scaled.shape[1:], generator=self.generators[r]) for r in self.rows.tolist()]
-        ).to(self.device)
-        gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
-        return torch.where(allowed == 0.0, allowed, scaled + gumbel)
+        required = self.machines.tokens[:, None].expand(-1, self.slots, -1)
+        chosen = chosen.scatter(-1, required, scaled.gather(-1, required))
+        drawn = self.drawn[..., None] + torch.log_softmax(chosen, -1)
 
-    def _finish(self, ends: Tensor, t: int, cut: Tensor | None = None) -> None:
-        """Put hypotheses that end at step ``t`` into the pool of their picture.
+        noise = torch.full(drawn.shape, 0.5)
+        for i, row in enumerate(self.rows.tolist()):  # as many numbers as the picture would take by itself
+            own = self.machines.sizes[row] * self.beam
+            noise[i, :own] = torch.rand(own, self.vocabulary, generator=self.generators[row])
+        noisy = drawn - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7))).to(self.device)
+        # shift the noise such that the largest becomes the score of the parent (appendix B.3 of the paper)
+        gap = noisy - noisy.amax(-1, keepdim=True)
+        less = torch.where(gap > -math.log(2), torch.log(-torch.expm1(gap)), torch.log1p(-torch.exp(gap)))
+        score = self.score[..., None]
+        v = score - noisy + less
+        total = score - v.clamp(min=0) - torch.log1p(torch.exp(-v.abs()))
+        return total.masked_fill((allowed == _NEVER) | (noisy == _NEVER) | noisy.isnan(), _NEVER), drawn
 
-        ``ends`` is the log-probability of the end ``(n, G)``, -inf where it must not come. ``cut`` ``(n, G)``
-        comes at the maximum length: which hypotheses are cut off there rather than finished.
+    def _cut(self, raw: Tensor, t: int, pictures: Tensor | None = None) -> None:
+        """End every hypothesis where it is, whether it wants to or not; of some ``pictures`` ``(n,)`` only.
+
+        What holds the required words is preferred; there is always something to return.
         """
-        rows = self.rows
+        ends = raw[..., END]
+        total = self.score if self.options.sample else self.score + ends
         if self.machines is not None:
             accepting = self.machines.accepting[:, self.machine_state]
-            if cut is not None:  # prefer what holds the required words; there is always something to return
-                possible = (accepting & (self.score > _NEVER)).any(1, keepdim=True)
-                ends = ends.masked_fill(possible & ~accepting, _NEVER)
-            else:
-                ends = ends.masked_fill(~accepting, _NEVER)
-        length = (t - self.lengths + 1).clamp(min=1).to(self.score)[:, None]
-        score = (self.score + ends) / length**self.options.length_penalty
-        log_prob = self.log_prob + ends
+            possible = (accepting & (total > _NEVER)).any(1) | (self.pool_score[self.rows, 0] > _NEVER)
+            total = total.masked_fill(possible[:, None] & ~accepting, _NEVER)
+        if pictures is not None:
+            total = total.masked_fill(~pictures[:, None], _NEVER)
+        self._finish(total, ends, t, finished=raw.argmax(-1) == END)
+
+    def _finish(self, total: Tensor, ends: Tensor, t: int, finished: Tensor | None = None) -> None:
+        """Put hypotheses that end at step ``t`` into the pool of their picture.
+
+        ``total`` ``(n, G)`` is the score with the end, -inf where it must not come, ``ends`` the
+        log-probability of the end, and ``finished`` tells which end by themselves (all, if it is None).
+        """
+        rows = self.rows
+        score = total
+        if not self.options.sample:
+            length = (t - self.lengths + 1).clamp(min=1).to(total)[:, None]
+            score = total / length**self.options.length_penalty
         slots = torch.arange(score.shape[1], device=self.device).expand_as(score)
-        joined = torch.cat((self.pool_score[rows], score), 1)
-        best, choice = joined.topk(self.pool_size, -1)
+        best, choice = torch.cat((self.pool_score[rows], score), 1).topk(self.pool_size, -1)
 
         def merge(pool: Tensor, new: Tensor) -> None:
             pool[rows] = torch.cat((pool[rows], new.to(pool.dtype)), 1).gather(1, choice)
 
-        merge(self.pool_log_prob, log_prob)
+        merge(self.pool_log_prob, self.log_prob + ends)
         merge(self.pool_step, torch.full_like(slots, t - 1))
         merge(self.pool_slot, slots)
-        merge(self.pool_finished, torch.ones_like(slots) if cut is None else ~cut)
+        merge(self.pool_finished, torch.ones_like(slots) if finished is None else finished)
         self.pool_score[rows] = best
 
     def _done(self, t: int) -> Tensor:
@@ -648,13 +709,15 @@ class _Search:
         been pruned the bound is the exact one, the best over all lengths that it may still reach.
         """
         alive = self.score.amax(1)
+        worst = self.pool_score[self.rows].amin(1)
+        if self.options.sample:  # no continuation has a better score
+            return worst >= alive
         length = (t + 2 - self.lengths).clamp(min=1).to(alive)
         penalty = self.options.length_penalty
         bound = alive / length**penalty
         if penalty > 0:
             longest = (self.options.max_length + 1 - self.lengths).clamp(min=1).to(alive)
             bound = torch.where(self.pruned, bound, alive / longest**penalty)
-        worst = self.pool_score[self.rows].amin(1)
         return (alive == _NEVER) | (worst >= bound)
 
     def _keep(self, running: Tensor) -> None:
@@ -663,7 +726,7 @@ class _Search:
         self.rows = self.rows[kept]
         self.forced, self.lengths = self.forced[kept], self.lengths[kept]
         self.tokens, self.score = self.tokens[kept], self.score[kept]
-        self.log_prob = self.log_prob[kept]
+        self.log_prob, self.drawn = self.log_prob[kept], self.drawn[kept]
         self.history, self.pruned = self.history[kept], self.pruned[kept]
         if self.machines is not None:
             self.machines.keep(kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -17,13 +18,16 @@ from captioner.caption import join_words
 PAD, START, END, UNKNOWN = 0, 1, 2, 3
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 
-# a run of letters or digits, perhaps hyphenated; what follows an apostrophe is a word of its own ("dog 's")
-_WORD = re.compile(r"'?[^\W_]+(?:-[^\W_]+)*", re.UNICODE)
+# a run of letters or digits, perhaps hyphenated; what follows an apostrophe is a word of its own ("dog 's"),
+# unless the apostrophe is a quotation mark: it needs a letter before it or a whole clitic after it
+_WORD = re.compile(r"(?:(?<=[^\W_])'|'(?=(?:s|t|re|ve|ll|d|m)(?![\w-])))?[^\W_]+(?:-[^\W_]+)*")
+_SAME = str.maketrans({"’": "'", "`": "'", "ʼ": "'", "‐": "-", "‑": "-"})
 
 
 def split_words(text: str) -> list[str]:
     """Split a sentence into lower-case words; punctuation is dropped, as the metrics' tokenizer does."""
-    return _WORD.findall(text.lower().replace("’", "'").replace("`", "'"))
+    # composed, because a combining accent by itself is not a letter
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower().translate(_SAME))
 
 
 class Tokenizer(Protocol):

@@ -435,6 +435,13 @@ def test_16_bit_grey_modes_of_pillow() -> None:
         assert np.asarray(open_image(image))[:, :, 2].tolist() == GREY.tolist()
 
 
+def test_16_bits_are_rounded_to_the_nearest_grey() -> None:
+    values = np.arange(65536).astype(np.uint16).reshape(256, 256)
+    expected = np.rint(values / 257.0)
+    assert np.array_equal(np.asarray(open_image(values))[:, :, 0], expected)
+    assert np.array_equal(np.asarray(open_image(encode(Image.fromarray(values), "PNG")))[:, :, 0], expected)
+
+
 def test_wider_greys_are_stretched() -> None:
     ints = Image.fromarray(np.array([[-1000, 0, 1000, 100_000]], np.int32))
     assert np.asarray(open_image(ints))[0, :, 0].tolist() == [0, 3, 5, 255]

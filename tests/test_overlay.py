@@ -175,9 +175,9 @@ def test_nearly_even_attention_stays_pale():
 
 def test_scale_is_common_to_the_words_of_a_caption():
     strong, weak = one_cell((8, 8), 2, 2, 0.5), one_cell((8, 8), 2, 2, 0.1)
-    caption = make("strong weak", maps=[strong, weak])
+    caption = make("weak strong", maps=[weak, strong])
     assert overlay.scale(caption) == 32  # 0.5 * 64
-    first, second = (overlay.word_overlay(caption, i, grey(), width=300) for i in (0, 1))
+    second, first = (overlay.word_overlay(caption, i, grey(), width=300) for i in (0, 1))
     alone = overlay.word_overlay(make("weak", maps=[weak]), 0, grey(), width=300)
     y, x = 62, 93  # the centre of the cell
     assert first.convert("L").getpixel((x, y)) > second.convert("L").getpixel((x, y)) + 40
@@ -344,6 +344,13 @@ def test_frames_of_a_clip():
         colourful = chroma(overlay.word_overlay(caption, 0, grey(), frame=frame, width=600))[:400]
         y, x = np.unravel_index(colourful.argmax(), colourful.shape)
         assert (y // 50, x // 75) == (row, column)
+    even = make("bird", maps=[np.full((2, 64), 1 / 128, np.float32)], times=caption.times)
+    assert chroma(overlay.word_overlay(even, 0, grey(), frame=1, width=300))[:200].max() == 0
+    less = make(
+        "bird", maps=[np.repeat(np.array([[0.3], [0.7]], np.float32) / 64, 64, 1)], times=caption.times
+    )
+    assert chroma(overlay.word_overlay(less, 0, grey(), frame=0, width=300))[:200].max() == 0
+    assert chroma(overlay.word_overlay(less, 0, grey(), frame=1, width=300))[:200].min() > 5
     for frame in (2, -1):
         with pytest.raises(IndexError, match=f"frame {frame} of a caption with 2"):
             overlay.sheet(caption, grey(), frame=frame)
@@ -388,6 +395,12 @@ def test_animation_has_the_photo_and_every_word(format):
             assert paper.min() >= 250
     assert durations == [1000, 500, 500, 500, 500]
     assert len(shapes) == 1
+
+
+def test_gif_paper_stays_white_beside_a_pale_photo():
+    pale = Image.fromarray((np.asarray(noise()) // 10 + 229).astype(np.uint8))
+    with Image.open(io.BytesIO(overlay.animation(make("a bird"), pale, "gif", width=300))) as movie:
+        assert np.asarray(movie.convert("RGB"))[-4:].min() == 255
 
 
 def test_animation_marks_the_current_word():
@@ -446,10 +459,13 @@ def test_pdf():
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
     pyplot = "matplotlib.pyplot" in sys.modules
-    data = overlay.figure(make("a $red$ bird"), noise(), "pdf", width=600, smooth=False)
+    caption = make("a $x^$ bird")
+    data = overlay.figure(caption, noise(), "pdf", width=600, smooth=False)
+    smooth = overlay.figure(caption, noise(), "pdf", width=600)
+    assert smooth.count(b"/Subtype /Image") > data.count(b"/Subtype /Image")  # heat apart from the photo
     assert data.startswith(b"%PDF-")
     assert b"FontFile2" in data  # text as text
-    assert data == overlay.figure(make("a $red$ bird"), noise(), "pdf", width=600, smooth=False)
+    assert data == overlay.figure(caption, noise(), "pdf", width=600, smooth=False)
     assert dict(matplotlib.rcParams) == before
     assert ("matplotlib.pyplot" in sys.modules) == pyplot
 

@@ -80,7 +80,7 @@ class LossConfig(_Strict):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     reduction: Literal["tokens", "captions"] = "tokens"
-    """``tokens``: mean over all words; ``captions``: summed over the steps of a caption, mean over captions."""
+    """``tokens``: mean over all words; ``captions``: sum over a caption's steps, mean over captions."""
     doubly_stochastic: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the regularisation that every cell be looked at in turn (Xu et al. 2015, equation 14)."""
 
@@ -105,17 +105,13 @@ class StageConfig(_Strict):
     average: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the exponential moving average of the weights that is validated and kept; 0 turns it off."""
     trainable_blocks: Annotated[int, Field(ge=0)] = 0
-    """How many of the encoder's last blocks are fine-tuned; 0 reads features from the cache."""
+    """How many of the encoder's last blocks are fine-tuned; the cache holds what comes before them."""
     encoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Smallest share of each side that a random crop keeps, when the encoder is fine-tuned."""
 
     @model_validator(mode="after")
     def _possible(self) -> StageConfig:
         if not self.sources:
             raise ValueError("sources must name at least one data set")
-        if self.crop < 1 and not self.trainable_blocks:
-            raise ValueError("crop needs trainable_blocks: cached features are of whole pictures")
         return self
 
 

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from captioner.checkpoint import write_atomically
-from captioner.encoder import Encoder, GridFeatures, encode, photo_mask
-from captioner.images import Fit, ImageError, load
+from captioner.encoder import Encoder, GridFeatures, compute, fuse, photo_mask
+from captioner.images import Fit, ImageError, Preprocess, load
 from captioner_training.data import DataError, DataSet, chunks
 
 _BATCH = 16
@@ -63,40 +63,58 @@ def load_pixels(data: DataSet, indices: Sequence[int], encoder: Encoder) -> tupl
     return torch.from_numpy(np.stack(arrays)), fits
 
 
-def fingerprint(encoder: Encoder) -> str:
-    """Return a hash of the encoder's weights and preprocessing; a change makes a cache stale."""
-    digest = hashlib.sha256(json.dumps(encoder.preprocess.to_dict(), sort_keys=True).encode())
-    for tensor in encoder.network.state_dict().values():
+def fingerprint(network: nn.Module, preprocess: Preprocess) -> str:
+    """Return a hash of weights and preprocessing; a change makes a cache stale."""
+    digest = hashlib.sha256(json.dumps(preprocess.to_dict(), sort_keys=True).encode())
+    for tensor in network.state_dict().values():
         digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
     return digest.hexdigest()[:16]
 
 
 class FeatureCache:
-    """The grid features of a data set: ``(variants, N, R, D)`` 16-bit numbers in one memory map.
+    """What an encoder's frozen blocks give for a data set: ``(variants, N, R, D)`` 16-bit, one memory map.
 
     Variant 0 is the picture as it is, variant 1 is mirrored. Building is resumable: the number of
-    finished pictures is written beside the map after every batch.
+    finished pictures is written beside the map every few batches.
     """
 
-    def __init__(self, folder: Path, data: DataSet, encoder: Encoder, flips: bool) -> None:
+    def __init__(
+        self, folder: Path, data: DataSet, encoder: Encoder, flips: bool, blocks: int | None = None
+    ) -> None:
+        """Prepare a cache; `build` fills it.
+
+        Args:
+            folder: where it is kept.
+            data: the pictures.
+            encoder: a hash of its weights and preprocessing names the cache, so that no stale one is used.
+            flips: keep the mirrored pictures too.
+            blocks: keep what the first blocks of the network give; None for all: the grid features.
+        """
         self.data = data
         self.encoder = encoder
+        frozen = encoder.network[:blocks]
+        self.network = fuse(copy.deepcopy(frozen)).eval().to(memory_format=torch.channels_last)
         self.variants = 2 if flips else 1
         key = hashlib.sha256()
-        key.update(f"{fingerprint(encoder)} {self.variants}".encode())
+        key.update(f"{fingerprint(frozen, encoder.preprocess)} {self.variants}".encode())
+        if blocks is not None:
+            key.update(f" {blocks}".encode())
         for picture in data.pictures:
             key.update(f"{picture.id} {picture.file}\n".encode())
         self._stem = folder / f"{data.name}-{key.hexdigest()[:16]}"
         self._progress = self._stem.with_suffix(".json")
-        rows, columns = encoder.grid
-        self._shape = (self.variants, len(data), rows * columns, encoder.width)
+        size = encoder.preprocess.size
+        with torch.inference_mode():
+            width, rows, columns = self.network(torch.zeros(1, 3, size, size)).shape[1:]
+        self.shape = (self.variants, len(data), rows * columns, width)
+        self.map_shape = (width, rows, columns)
         self._map: np.ndarray | None = None
         self.fits: list[Fit] = []
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        return int(np.prod(self._shape, dtype=np.int64)) * 2
+        return int(np.prod(self.shape, dtype=np.int64)) * 2
 
     def build(self) -> FeatureCache:
         """Compute what is not there yet."""
@@ -110,20 +128,18 @@ class FeatureCache:
         mode = "r+" if done and file.exists() else "w+"
         if mode == "w+":
             done, self.fits = 0, []
-        array = np.memmap(file, np.float16, mode, shape=self._shape)
+        array = np.memmap(str(file), np.float16, mode, shape=self.shape)
         if done < len(self.data):
             self._compute(array, done)
-        self._map = np.memmap(file, np.float16, "r", shape=self._shape)
+        self._map = np.memmap(str(file), np.float16, "r", shape=self.shape)
         return self
 
     def _compute(self, array: np.memmap, done: int) -> None:
-        encoder = copy.deepcopy(self.encoder).eval().optimise()
-
         def work(batch: Sequence[int]) -> tuple[list[np.ndarray], list[Fit]]:
-            pixels, fits = load_pixels(self.data, batch, encoder)
+            pixels, fits = load_pixels(self.data, batch, self.encoder)
             views = [pixels] if self.variants == 1 else [pixels, pixels.flip(-1)]
             with torch.inference_mode():
-                return [encode(encoder, v, fits).data[:, 0].half().cpu().numpy() for v in views], fits
+                return [compute(self.network, v, self.encoder.preprocess).half().numpy() for v in views], fits
 
         batches = list(chunks(range(done, len(self.data)), _BATCH))
         bar = tqdm(total=len(self.data), initial=done, desc=f"features of {self.data.name}", unit="picture")
@@ -150,7 +166,7 @@ class FeatureCache:
         write_atomically(self._progress, json.dumps(state).encode())
 
     def read(self, indices: Sequence[int], variants: Sequence[int]) -> Tensor:
-        """Return features ``(N, R, D)`` as float32, one variant for each picture."""
+        """Return ``(N, R, D)`` as float32, one variant for each picture; R cells of the last cached block."""
         assert self._map is not None, "build() comes first"
         return torch.from_numpy(self._map[list(variants), list(indices)].astype(np.float32))
 

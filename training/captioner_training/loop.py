@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import random
@@ -10,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,20 @@ from tqdm import tqdm
 
 from captioner import checkpoint
 from captioner.decoder import Memory
-from captioner.encoder import ENCODERS, Encoder, encode, fuse, photo_mask
-from captioner.images import Fit
+from captioner.encoder import ENCODERS, Encoder, cells
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
 from captioner.tokenizer import END, PAD, START, BpeTokenizer, Tokenizer, WordTokenizer
 from captioner_training.config import StageConfig, TrainingConfig
 from captioner_training.data import DataSet, chunks, load_data_set
 from captioner_training.evaluate import generate
-from captioner_training.features import FeatureCache, ahead, load_pixels
+from captioner_training.features import FeatureCache, ahead
 from captioner_training.losses import caption_loss
 from captioner_training.metrics import Scorer
+from captioner_training.workers import Workers, run_together
 
-LONGEST = 40
-"""Training captions are cut to this many tokens."""
+LONGEST = 22
+"""Of longer captions the first tokens are learned, without an end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +41,23 @@ class Batch:
     """N captions of P pictures, longest caption first.
 
     picture ``(N,)`` tells whose caption each is; tokens ``(N, T + 1)`` from start to end and padding;
-    lengths ``(N,)`` number of predictions. Features ``(P, R, D)`` come from the cache, or pixels
-    ``(P, 3, S, S)`` uint8 when the encoder is trained; mask ``(P, R)``.
+    lengths ``(N,)`` number of predictions; features ``(P, R', D')`` of the last frozen block of the encoder;
+    mask ``(P, R)`` of the grid. It may be one process's share of a batch with ``all_tokens`` predictions and
+    ``all_captions`` captions.
     """
 
-    features: Tensor | None
-    pixels: Tensor | None
-    fits: list[Fit]
+    features: Tensor
     mask: Tensor
     picture: Tensor
     tokens: Tensor
     lengths: Tensor
+    all_tokens: int
+    all_captions: int
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on another device."""
+        tensors = (self.features, self.mask, self.picture, self.tokens, self.lengths)
+        return Batch(*(tensor.to(device) for tensor in tensors), self.all_tokens, self.all_captions)
 
 
 def train(
@@ -61,6 +67,7 @@ def train(
     *,
     cache_folder: Path | None = None,
     device: str = "cpu",
+    processes: int | None = None,
 ) -> Path:
     """Train a captioner and return the path of the best checkpoint.
 
@@ -73,55 +80,56 @@ def train(
         output: folder for checkpoint, state and log.
         cache_folder: for cached features; ``output/cache`` if None. It may be shared by experiments.
         device: where to train.
+        processes: that share every batch; None for one a core on a CPU, else one.
 
     Raises:
         DataError, EncoderError: for data or weights that cannot be used.
     """
     output.mkdir(parents=True, exist_ok=True)
-    cache_folder = cache_folder or output / "cache"
-    used = {name for stage in config.stages for name in stage.sources}
-    sources = {n: load_data_set(n, c, data_folder) for n, c in config.data.sources.items() if n in used}
-    validation = {n: load_data_set(n, c, data_folder) for n, c in config.data.validation.items()}
+    if processes is None:
+        processes = torch.get_num_threads() if device == "cpu" else 1
+    experiment = Experiment(config, data_folder, cache_folder or output / "cache")
+    experiment.prepare()
+    smallest = min(
+        min(sum(len(experiment.sources[n]) for n in s.sources), s.batch_pictures) for s in config.stages
+    )
+    processes = min(processes, smallest)
+    run_together(run, processes, config, data_folder, output, cache_folder or output / "cache", device)
+    return output / "model.safetensors"
 
-    torch.manual_seed(config.seed)
-    encoder = build_encoder(config)
-    tokenizer = build_tokenizer(config, sources)
-    model = CaptionModel(encoder, config.decoder.build(), tokenizer).to(device)
-    targets = {
-        name: [[tokenizer.encode(c)[: LONGEST - 1] for c in p.captions] for p in data.pictures]
-        for name, data in sources.items()
-    }
-    cached = {n for stage in config.stages if not stage.trainable_blocks for n in stage.sources}
-    caches = {
-        n: FeatureCache(cache_folder, sources[n], encoder, config.flips).build() for n in sorted(cached)
-    }
-    validation_caches = {
-        n: FeatureCache(cache_folder, data, encoder, False).build() for n, data in validation.items()
-    }
-    scorers = {n: Scorer(data.references()) for n, data in validation.items()}
-    best_path = output / "model.safetensors"
-    state_path = output / "state.pt"
 
-    progress = {"stage": 0, "epoch": 0, "step": 0, "best": -math.inf}
+def run(
+    workers: Workers, config: TrainingConfig, data_folder: Path, output: Path, cache_folder: Path, device: str
+) -> None:
+    """Train in one of several processes; see `train`."""
+    experiment = Experiment(config, data_folder, cache_folder)
+    model, sources, tokenizer = experiment.model.to(device), experiment.sources, experiment.tokenizer
+    encoder = model.encoder
+    best_path, state_path = output / "model.safetensors", output / "state.pt"
+    torch.manual_seed(config.seed * 1000 + workers.rank)  # every process drops other units
+
+    progress: dict[str, Any] = {"stage": 0, "epoch": 0, "step": 0, "best": -math.inf}
     resumed: dict[str, Any] | None = None
     if state_path.exists():
         resumed = torch.load(state_path, weights_only=True, map_location=device)
         progress = dict(resumed["progress"])
         model.load_state_dict(resumed["model"])
 
-    encoder_changed = any(stage.trainable_blocks for stage in config.stages[: progress["stage"]])
     for stage_index, stage in enumerate(config.stages):
         if stage_index < progress["stage"]:
             continue
         encoder.freeze(stage.trainable_blocks)
-        network = fold_frozen(encoder, stage.trainable_blocks) if stage.trainable_blocks else None
-        encoder_changed = encoder_changed or network is not None
+        trained = encoder.network[len(encoder.network) - stage.trainable_blocks :]
+        caches = experiment.caches(stage, workers)
+        shape = next(iter(caches.values())).map_shape
+        fine_tuned = any(s.trainable_blocks for s in config.stages[: stage_index + 1])
         optimiser = build_optimiser(model, stage)
         average = Average(model, stage.average)
         if resumed is not None:
             optimiser.load_state_dict(resumed["optimiser"])
             average.load_state_dict(resumed["average"])
-            torch.set_rng_state(resumed["random"].cpu())
+            if len(resumed["random"]) == workers.count:
+                torch.set_rng_state(resumed["random"][workers.rank].cpu())
             resumed = None
         pictures = [
             (name, i)
@@ -129,20 +137,15 @@ def train(
             for i in range(len(sources[name]))
             for _ in range(times)
         ]
-        steps = math.ceil(len(pictures) / stage.batch_pictures)
+        places = list(chunks(range(len(pictures)), stage.batch_pictures))
+        if len(places) > 1 and len(places[-1]) < workers.count:  # nobody may be left without a picture
+            places[-2:] = [[*places[-2], *places[-1]]]
+        steps = len(places)
         last_save = time.monotonic()
         for epoch in range(progress["epoch"], stage.epochs):
-            order = random.Random(f"{config.seed} {stage_index} {epoch}")
-            shuffled = order.sample(pictures, len(pictures))
-            batches = list(chunks(range(len(shuffled)), stage.batch_pictures))[progress["step"] :]
-
-            def prepare(rows: Sequence[int], epoch: int = epoch, shuffled: Any = shuffled) -> Batch:
-                chosen = [shuffled[i] for i in rows]
-                seed = f"{config.seed} {stage_index} {epoch} {rows[0]}"  # noqa: B023 (used within this epoch)
-                return make_batch(
-                    chosen, sources, targets, caches, encoder, config, stage, random.Random(seed)
-                )  # noqa: B023
-
+            name = f"{config.seed} {stage_index} {epoch}"
+            shuffled = random.Random(name).sample(pictures, len(pictures))
+            prepare = partial(make_batch, experiment, caches, stage, workers, name, shuffled)
             model.train()
             started, losses = time.monotonic(), []
             bar = tqdm(
@@ -150,54 +153,132 @@ def train(
                 initial=progress["step"],
                 desc=f"{stage.name} {epoch + 1}/{stage.epochs}",
                 unit="batch",
+                disable=not workers.first,
             )
             with bar:
-                for batch in ahead(prepare, batches):
+                for batch in ahead(prepare, places[progress["step"] :], threads=1):
                     rate = schedule(stage, epoch * steps + progress["step"], stage.epochs * steps)
                     for group in optimiser.param_groups:
                         group["lr"] = rate * group["peak"]
-                    memory = remember(model, batch, network)
-                    out = model(memory, batch.tokens.to(device), batch.lengths.to(device))
+                    batch = batch.to(model.device)
+                    memory = remember(model, batch, trained, shape)
                     loss = caption_loss(
-                        out, batch.tokens[:, 1:].to(device), batch.lengths.to(device), config.loss
+                        model(memory, batch.tokens, batch.lengths),
+                        batch.tokens[:, 1:],
+                        batch.lengths,
+                        config.loss,
+                        tokens=batch.all_tokens,
+                        captions=batch.all_captions,
                     )
                     optimiser.zero_grad(set_to_none=True)
                     loss.backward()
+                    workers.sum_gradients(average.parameters)
                     nn.utils.clip_grad_norm_(average.parameters, stage.clip)
                     optimiser.step()
                     average.update()
-                    losses.append(float(loss.detach()))
+                    losses.append(float(loss.detach()) * workers.count)
                     progress["step"] += 1
                     bar.update()
                     bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
-                    if time.monotonic() - last_save > 60 * config.save_minutes:
-                        save_state(state_path, model, optimiser, average, progress)
-                        last_save = time.monotonic()
+                    if progress["step"] % _CHECK_EVERY == 0:
+                        due = time.monotonic() - last_save > 60 * config.save_minutes
+                        if any(bool(d) for d in workers.gather(torch.tensor([due]))):
+                            save_state(state_path, model, optimiser, average, progress, workers)
+                            last_save = time.monotonic()
 
             model.eval()
-            with average.applied():
-                scores = validate(model, validation, validation_caches, scorers, config, encoder_changed)
-                mean = sum(s["CIDEr"] for s in scores.values()) / len(scores)
-                if mean > progress["best"]:
-                    progress["best"] = mean
-                    summary = summarise(config, sources, stage, epoch, scores)
-                    checkpoint.save(best_path, model, header(config, model, tokenizer, summary))
-            record = {
+            record: dict[str, Any] = {
                 "stage": stage.name,
                 "epoch": epoch + 1,
                 "loss": round(sum(losses) / max(1, len(losses)), 4),
                 "minutes": round((time.monotonic() - started) / 60, 2),
-                "validation": {n: {k: round(v, 4) for k, v in s.items()} for n, s in scores.items()},
-                "best": round(progress["best"], 4),
             }
-            with (output / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(record) + "\n")
-            tqdm.write(json.dumps(record))
+            if workers.first:
+                with average.applied():
+                    scores = experiment.validate(model, fine_tuned)
+                    mean = sum(s["CIDEr"] for s in scores.values()) / len(scores)
+                    if mean > progress["best"]:
+                        progress["best"] = mean
+                        summary = summarise(config, sources, stage, epoch, scores)
+                        checkpoint.save(best_path, model, header(config, model, tokenizer, summary))
+                record["validation"] = {n: {k: round(v, 4) for k, v in s.items()} for n, s in scores.items()}
+                record["best"] = round(progress["best"], 4)
+                with (output / "log.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(record) + "\n")
+                tqdm.write(json.dumps(record))
+            workers.wait()
             progress.update(epoch=epoch + 1, step=0)
-            save_state(state_path, model, optimiser, average, progress)
+            save_state(state_path, model, optimiser, average, progress, workers)
         average.copy_to_model()  # the next stage goes on from the averaged weights
         progress.update(stage=stage_index + 1, epoch=0, step=0)
-    return best_path
+
+
+_CHECK_EVERY = 20
+
+
+class Experiment:
+    """What a config describes, loaded: data sets, tokenizer, a fresh model, targets, caches."""
+
+    def __init__(self, config: TrainingConfig, data_folder: Path, cache_folder: Path) -> None:
+        self.config = config
+        self.cache_folder = cache_folder
+        used = {name for stage in config.stages for name in stage.sources}
+        self.sources = {
+            n: load_data_set(n, c, data_folder) for n, c in config.data.sources.items() if n in used
+        }
+        self.validation = {n: load_data_set(n, c, data_folder) for n, c in config.data.validation.items()}
+        self.tokenizer = build_tokenizer(config, self.sources)
+        torch.manual_seed(config.seed)
+        self.model = CaptionModel(build_encoder(config), config.decoder.build(), self.tokenizer)
+        self.targets = {
+            name: [[[*self.tokenizer.encode(c), END][:LONGEST] for c in p.captions] for p in data.pictures]
+            for name, data in self.sources.items()
+        }
+        self.scorers: dict[str, Scorer] = {}
+
+    def prepare(self) -> None:
+        """Compute the features of whole pictures with all cores, before processes share the work."""
+        for stage in self.config.stages:
+            if not stage.trainable_blocks:
+                self.caches(stage, Workers())
+        self.validation_caches()
+
+    def caches(self, stage: StageConfig, workers: Workers) -> dict[str, FeatureCache]:
+        """Return what the stage's frozen blocks give for its sources; one process fills the gaps."""
+        network = self.model.encoder.network
+        blocks = len(network) - stage.trainable_blocks if stage.trainable_blocks else None
+        caches = {
+            name: FeatureCache(
+                self.cache_folder, self.sources[name], self.model.encoder, self.config.flips, blocks
+            )
+            for name in stage.sources
+        }
+        for turn in (workers.first, not workers.first):
+            if turn:
+                for cache in caches.values():
+                    cache.build()
+            workers.wait()
+        return caches
+
+    def validation_caches(self) -> dict[str, FeatureCache]:
+        """Return the grid features of the validation pictures under the present encoder."""
+        return {
+            name: FeatureCache(self.cache_folder, data, self.model.encoder, False).build()
+            for name, data in self.validation.items()
+        }
+
+    def validate(self, model: CaptionModel, fine_tuned: bool) -> dict[str, dict[str, float]]:
+        """Generate a caption for every validation picture and score it."""
+        options = SearchOptions(**self.config.search.model_dump())
+        scores = {}
+        for name, data in self.validation.items():
+            if name not in self.scorers:
+                self.scorers[name] = Scorer(data.references())
+            cache = None if fine_tuned else self.validation_caches()[name]
+            captions = generate(model, data, options, cache=cache)
+            metrics = self.scorers[name].score(captions, metrics=("BLEU", "METEOR", "CIDEr"), intervals=False)
+            scores[name] = dict(metrics.corpus)
+        return scores
 
 
 def build_encoder(config: TrainingConfig) -> Encoder:
@@ -225,13 +306,6 @@ def build_tokenizer(config: TrainingConfig, sources: dict[str, DataSet]) -> Toke
     return WordTokenizer.build(
         sentences, min_count=config.tokenizer.min_count, max_size=config.tokenizer.max_size
     )
-
-
-def fold_frozen(encoder: Encoder, trainable: int) -> nn.Sequential:
-    """Return the encoder's network with its frozen lower blocks folded for speed and the trained ones as they are."""
-    count = len(encoder.network) - trainable
-    lower = fuse(copy.deepcopy(encoder.network[:count])).eval().to(memory_format=torch.channels_last)
-    return nn.Sequential(*lower.requires_grad_(False), *encoder.network[count:])
 
 
 def build_optimiser(model: CaptionModel, stage: StageConfig) -> torch.optim.AdamW:
@@ -298,85 +372,53 @@ class Average:
 
 
 def make_batch(
-    chosen: Sequence[tuple[str, int]],
-    sources: dict[str, DataSet],
-    targets: dict[str, list[list[list[int]]]],
+    experiment: Experiment,
     caches: dict[str, FeatureCache],
-    encoder: Encoder,
-    config: TrainingConfig,
     stage: StageConfig,
-    chance: random.Random,
+    workers: Workers,
+    epoch: str,
+    pictures: Sequence[tuple[str, int]],
+    rows: Sequence[int],
 ) -> Batch:
-    """Gather features or pixels and captions of the chosen pictures; every random choice is ``chance``'s."""
-    flipped = [config.flips and chance.random() < 0.5 for _ in chosen]
-    rows: list[tuple[int, list[int]]] = []
+    """Gather this process's share of the pictures at ``rows``: features and captions.
+
+    Random choices depend on seed, epoch and place alone, so that a resumed run makes the same ones, with any
+    number of processes.
+    """
+    chance = random.Random(f"{epoch} {rows[0]}")
+    chosen = [pictures[i] for i in rows]
+    flipped = [int(experiment.config.flips and chance.random() < 0.5) for _ in chosen]
+    captions: list[tuple[int, list[int]]] = []
     for position, (name, index) in enumerate(chosen):
-        captions = targets[name][index]
-        some = chance.sample(captions, min(stage.captions_per_picture, len(captions)))
-        rows += [(position, caption) for caption in some]
-    rows.sort(key=lambda row: -len(row[1]))
-    lengths = torch.tensor([len(caption) + 1 for _, caption in rows])
-    tokens = torch.full((len(rows), int(lengths[0]) + 1), PAD)
-    for i, (_, caption) in enumerate(rows):
-        tokens[i, : len(caption) + 2] = torch.tensor([START, *caption, END])
-    features = pixels = None
-    fits: list[Fit] = []
-    if stage.trainable_blocks:
-        loaded = [load_pixels(sources[name], [index], encoder) for name, index in chosen]
-        pictures = [
-            augment(p[0], flip, stage.crop, chance) for (p, _), flip in zip(loaded, flipped, strict=True)
-        ]
-        pixels = torch.stack(pictures)
-        fits = [f[0] for _, f in loaded]
-        mask = torch.tensor([photo_mask(encoder.grid, fit) for fit in fits])
-    else:
-        parts = [caches[n].read([i], [int(f)]) for (n, i), f in zip(chosen, flipped, strict=True)]
-        features = torch.cat(parts)
-        mask = torch.cat([caches[n].mask([i]) for n, i in chosen])
-    return Batch(features, pixels, fits, mask, torch.tensor([p for p, _ in rows]), tokens, lengths)
+        known = experiment.targets[name][index]
+        some = chance.sample(known, min(stage.captions_per_picture, len(known)))
+        captions += [(position, caption) for caption in some]
+    all_tokens, all_captions = sum(len(caption) for _, caption in captions), len(captions)
+
+    # the pictures with the most captions go round first, so that the shares are about equal
+    work = [0] * len(chosen)
+    for position, caption in captions:
+        work[position] += len(caption)
+    mine = sorted(range(len(chosen)), key=lambda p: -work[p])[workers.rank :: workers.count]
+    place = {position: i for i, position in enumerate(mine)}
+    share = [(place[position], caption) for position, caption in captions if position in place]
+    share.sort(key=lambda row: -len(row[1]))
+    lengths = torch.tensor([len(caption) for _, caption in share])
+    tokens = torch.full((len(share), int(lengths[0]) + 1), PAD)
+    for i, (_, caption) in enumerate(share):
+        tokens[i, : len(caption) + 1] = torch.tensor([START, *caption])
+    parts = [caches[chosen[i][0]].read([chosen[i][1]], [flipped[i]]) for i in mine]
+    masks = [caches[chosen[i][0]].mask([chosen[i][1]]) for i in mine]
+    picture = torch.tensor([i for i, _ in share])
+    return Batch(torch.cat(parts), torch.cat(masks), picture, tokens, lengths, all_tokens, all_captions)
 
 
-def augment(pixels: Tensor, flip: bool, crop: float, chance: random.Random) -> Tensor:
-    """Mirror and crop one picture ``(3, S, S)`` uint8; a crop is resized back to S."""
-    if flip:
-        pixels = pixels.flip(-1)
-    if crop < 1:
-        side = pixels.shape[-1]
-        height, width = (round(side * chance.uniform(crop, 1)) for _ in range(2))
-        top, left = chance.randint(0, side - height), chance.randint(0, side - width)
-        part = pixels[None, :, top : top + height, left : left + width].float()
-        part = nn.functional.interpolate(part, (side, side), mode="bilinear", align_corners=False)
-        pixels = part[0].round().clamp(0, 255).to(torch.uint8)
-    return pixels
-
-
-def remember(model: CaptionModel, batch: Batch, network: nn.Module | None) -> Memory:
-    """Return the decoder's memory with one row for each caption of the batch."""
-    device = model.device
-    if batch.pixels is not None:
-        features = encode(model.encoder, batch.pixels, batch.fits, network).data[:, 0]
-    else:
-        assert batch.features is not None
-        features = batch.features.to(device)
-    return model.decoder.memory(features, batch.mask.to(device)).select(batch.picture.to(device))
-
-
-def validate(
-    model: CaptionModel,
-    validation: dict[str, DataSet],
-    caches: dict[str, FeatureCache],
-    scorers: dict[str, Scorer],
-    config: TrainingConfig,
-    encoder_changed: bool,
-) -> dict[str, dict[str, float]]:
-    """Generate a caption for every validation picture and score it."""
-    options = SearchOptions(**config.search.model_dump())
-    scores = {}
-    for name, data in validation.items():
-        cache = None if encoder_changed else caches[name]
-        captions = generate(model, data, options, cache=cache)
-        scores[name] = dict(scorers[name].score(captions, metrics=("BLEU", "METEOR", "CIDEr")).corpus)
-    return scores
+def remember(model: CaptionModel, batch: Batch, trained: nn.Sequential, shape: Sequence[int]) -> Memory:
+    """Return the decoder's memory, a row for each caption; ``trained`` are the encoder's upper blocks."""
+    features = batch.features
+    if len(trained):
+        features = cells(trained(features.transpose(1, 2).unflatten(2, tuple(shape[1:]))))
+    return model.decoder.memory(features, batch.mask).select(batch.picture)
 
 
 def summarise(
@@ -430,15 +472,19 @@ def save_state(
     optimiser: torch.optim.Optimizer,
     average: Average,
     progress: dict[str, Any],
+    workers: Workers,
 ) -> None:
     """Save what resuming needs, atomically; it loads without running code."""
+    states = workers.gather(torch.get_rng_state())
+    if not workers.first:
+        return
     buffer = BytesIO()
     torch.save(
         {
             "model": model.state_dict(),
             "optimiser": optimiser.state_dict(),
             "average": average.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": states,
             "progress": dict(progress),
         },
         buffer,

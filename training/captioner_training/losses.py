@@ -10,8 +10,16 @@ from captioner.model import TeacherForced
 from captioner_training.config import LossConfig
 
 
-def caption_loss(output: TeacherForced, targets: Tensor, lengths: Tensor, config: LossConfig) -> Tensor:
-    """Return the scalar loss of a batch.
+def caption_loss(
+    output: TeacherForced,
+    targets: Tensor,
+    lengths: Tensor,
+    config: LossConfig,
+    *,
+    tokens: int,
+    captions: int,
+) -> Tensor:
+    """Return the scalar loss of a batch, or of a part of one: the parts add up to the whole.
 
     Args:
         output: of the model's teacher-forced pass over N captions.
@@ -19,15 +27,16 @@ def caption_loss(output: TeacherForced, targets: Tensor, lengths: Tensor, config
         lengths: ``(N,)`` number of targets of each caption.
         config: label smoothing (Szegedy et al. 2016), reduction, and the weight of the doubly stochastic
             term (Xu et al. 2015, equation 14).
+        tokens, captions: how many there are in the whole batch.
     """
     steps = targets.shape[1]
     valid = torch.arange(steps, device=lengths.device) < lengths[:, None]
     loss = F.cross_entropy(
         output.logits, targets[valid], label_smoothing=config.label_smoothing, reduction="sum"
     )
-    loss = loss / (lengths.sum() if config.reduction == "tokens" else len(lengths))
+    loss = loss / (tokens if config.reduction == "tokens" else captions)
     if config.doubly_stochastic and output.attention is not None:
         # every cell should get its share of the looks: sum over the steps near 1
         looked = output.attention.sum(1)
-        loss = loss + config.doubly_stochastic * ((1 - looked) ** 2).sum(-1).mean()
+        loss = loss + config.doubly_stochastic * ((1 - looked) ** 2).sum() / captions
     return loss

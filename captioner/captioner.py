@@ -1,0 +1,375 @@
+"""Captioner: the one class that users hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from captioner import checkpoint
+from captioner.calibration import Calibration, caption_features, plain_confidence
+from captioner.caption import Alternative, Caption, Word, join_words
+from captioner.checkpoint import Header
+from captioner.encoder import GridFeatures, encode, region_shares
+from captioner.images import Fit, load
+from captioner.model import CaptionModel
+from captioner.search import Hypothesis, Machine, SearchOptions, search
+from captioner.tokenizer import END, PAD, SPECIAL, START, UNKNOWN, split_words
+
+BUILT_IN = Path(__file__).parent / "weights" / "captioner.safetensors"
+"""The model that comes with the package."""
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Image = Any
+"""A path, encoded bytes, a file object, a PIL image, or an array (see `captioner.images.open_image`)."""
+
+
+class Captioner:
+    """Looks at photos and says what it sees. Safe to call from several threads.
+
+    >>> from captioner import Captioner
+    >>> captioner = Captioner.load()
+    >>> caption = captioner.caption("photo.jpg")  # doctest: +SKIP
+    >>> print(caption.text, caption.confidence)  # doctest: +SKIP
+    >>> caption.overlay("photo.jpg").save("where.png")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: CaptionModel,
+        header: Header,
+        calibration: Calibration | None = None,
+        precision: str = "float32",
+    ) -> None:
+        """Wrap a model for captioning; `load` is the usual way. The encoder is folded in place.
+
+        Args:
+            model: on the device where it is to run.
+            header: of its checkpoint.
+            calibration: for confidences; probabilities stand in without one.
+            precision: ``float32``, ``bfloat16`` or ``float16``, of the encoder's arithmetic.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.model = model.eval().requires_grad_(False)
+        self.model.encoder.optimise().to(PRECISIONS[precision])
+        self.header = header
+        self.calibration = calibration
+        self.defaults = SearchOptions(**header.search)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        precision: str = "float32",
+    ) -> Captioner:
+        """Load the built-in model, or a checkpoint.
+
+        Args:
+            path: a ``.safetensors`` file of captioner; None for the built-in model.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``. ``auto`` takes CUDA where there is
+                one, then Apple's MPS if it gives the CPU's words on a test picture, else the CPU.
+            precision: of the encoder's arithmetic; 16 bits are faster on most GPUs and slower on CPUs
+                without instructions for them.
+
+        Raises:
+            CheckpointError: if the file cannot be used.
+            ValueError: for a device that is not there, or an unknown precision.
+        """
+        path = Path(path) if path is not None else BUILT_IN
+        chosen = _choose_device(device)
+        captioner = cls(*checkpoint.load(path, chosen), precision=precision)
+        if device == "auto" and chosen.type == "mps" and not captioner._agrees_with_cpu(path):
+            return cls(*checkpoint.load(path, "cpu"), precision=precision)
+        return captioner
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.device
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """The words (or pieces of words) that the model knows, without the special tokens."""
+        tokenizer = self.model.tokenizer
+        return [tokenizer.piece(i) for i in range(len(SPECIAL), len(tokenizer))]
+
+    # ----------------------------------------------------------------------------------------------
+
+    def encode(self, image: Image) -> GridFeatures:
+        """Look at one picture: grid features ``(1, 1, R, D)`` that `caption` accepts in its place.
+
+        Raises:
+            ImageError: if the picture cannot be read.
+        """
+        return self.encode_batch([image])
+
+    def encode_batch(self, images: Iterable[Image]) -> GridFeatures:
+        """Look at several pictures: ``(B, 1, R, D)``.
+
+        Raises:
+            ImageError: if one of the pictures cannot be read.
+            ValueError: if there are none.
+        """
+        return self.encode_pixels([load(image, self.model.encoder.preprocess) for image in images])
+
+    @torch.inference_mode()
+    def encode_pixels(self, loaded: Sequence[tuple[np.ndarray, Fit]]) -> GridFeatures:
+        """Encode pictures that `captioner.images.load` has already prepared (by other threads, say)."""
+        if not loaded:
+            raise ValueError("there are no pictures to look at")
+        pixels = torch.from_numpy(np.stack([pixels for pixels, _ in loaded]))
+        return encode(self.model.encoder, pixels, [fit for _, fit in loaded])
+
+    def caption(
+        self,
+        image: Image | GridFeatures,
+        *,
+        prefix: str = "",
+        region: Any = None,
+        must: Sequence[str | Sequence[str]] = (),
+        seed: int = 0,
+        **options: Any,
+    ) -> Caption:
+        """Caption one picture.
+
+        Args:
+            image: a picture, or what `encode` made of it.
+            prefix: words that the caption begins with; a word that the model does not know is kept as it is.
+            region: a box ``(left, top, right, bottom)`` in pixels of the photo as seen (after EXIF
+                rotation), or a mask ``(height, width)`` of booleans or 0 to 1: what the model may see.
+            must: words or phrases that have to appear; in the place of one, a sequence of alternatives.
+            seed: of the random numbers when ``sample=True``.
+            options: fields of `captioner.search.SearchOptions`: ``beam``, ``n_best``, ``sample``, …; the
+                rest is the model's default.
+
+        Raises:
+            ImageError: if the picture cannot be read.
+            ValueError: for an impossible option, an empty region, or a required word that is not in the
+                vocabulary.
+        """
+        features = image if isinstance(image, GridFeatures) else self.encode(image)
+        if len(features) != 1:
+            raise ValueError(
+                f"caption() takes one picture, and these are {len(features)}: use caption_batch()"
+            )
+        return self.caption_batch(
+            features, prefix=prefix, regions=[region], must=must, seeds=[seed], **options
+        )[0]
+
+    @torch.inference_mode()
+    def caption_batch(
+        self,
+        images: Sequence[Image] | GridFeatures,
+        *,
+        prefix: str | Sequence[str] = "",
+        regions: Sequence[Any] | None = None,
+        must: Sequence[str | Sequence[str]] = (),
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[Caption]:
+        """Caption several pictures at once; the words do not depend on what else is in the batch.
+
+        Args:
+            images: pictures, or features of several.
+            prefix: one for all, or one for each picture.
+            regions: for each picture a region or None, see `caption`.
+            must: required words, the same for all, see `caption`.
+            seeds: for each picture; the default is 0, 1, 2, …
+            options: see `caption`.
+
+        Raises:
+            ImageError, ValueError: as `caption`.
+        """
+        chosen = self.options(**options)
+        features = images if isinstance(images, GridFeatures) else self.encode_batch(images)
+        count = len(features)
+        features = features.to(self.device)
+        if regions is not None and any(region is not None for region in regions):
+            features = self._limit(features, regions)
+        prefixes = [prefix] * count if isinstance(prefix, str) else list(prefix)
+        for name, given in (("prefix", prefixes), ("regions", regions), ("seeds", seeds)):
+            if given is not None and len(given) != count:
+                raise ValueError(f"{name}: expected one for each of {count} pictures, found {len(given)}")
+        given_tokens = [self.model.tokenizer.encode(p) for p in prefixes]
+        machine = self._machine(must)
+        found = search(
+            self.model.decoder,
+            self.model.memory(features),
+            chosen,
+            prefixes=given_tokens,
+            machines=[machine] * count if machine else None,
+            seeds=seeds if seeds is not None else range(count),
+        )
+        familiar = self._familiarity(features)
+        captions = []
+        for i, hypotheses in enumerate(found):
+            ranked = [
+                self._caption(h, features, i, prefixes[i], familiar[i] if familiar else None)
+                for h in hypotheses
+            ]
+            captions.append(replace(ranked[0], n_best=tuple(ranked)) if chosen.n_best > 1 else ranked[0])
+        return captions
+
+    def options(self, **options: Any) -> SearchOptions:
+        """Return the model's search options with some of them replaced.
+
+        Raises:
+            ValueError: for an unknown or impossible option.
+        """
+        known = {field.name for field in fields(SearchOptions)}
+        for name in options:
+            if name not in known:
+                raise ValueError(f"unknown option {name!r}; there are {', '.join(sorted(known))}")
+        if options.get("n_best", 1) > self.defaults.beam and "beam" not in options:
+            options["beam"] = options["n_best"]
+        return replace(self.defaults, **options).check()
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _limit(self, features: GridFeatures, regions: Sequence[Any]) -> GridFeatures:
+        shares = [
+            [1.0] * features.mask.shape[-1] if region is None else region_shares(region, features.grid, fit)
+            for region, fit in zip(regions, features.fits, strict=True)
+        ]
+        return features.within(torch.tensor(shares))
+
+    def _machine(self, must: Sequence[str | Sequence[str]]) -> Machine | None:
+        if isinstance(must, str):
+            raise ValueError(f"must is a list of words: write must=[{must!r}]")
+        if not must:
+            return None
+        requirements = []
+        for entry in must:
+            phrases = []
+            for phrase in [entry] if isinstance(entry, str) else entry:
+                tokens = self.model.tokenizer.encode(phrase)
+                if not tokens or UNKNOWN in tokens:
+                    raise ValueError(f"the required word {phrase!r} is not in the model's vocabulary")
+                phrases.append(tuple(tokens))
+            requirements.append(phrases)
+        return Machine(requirements, self._continues())
+
+    def _continues(self) -> np.ndarray | None:
+        tokenizer = self.model.tokenizer
+        if tokenizer.kind == "word":
+            return None
+        return np.array([tokenizer.piece(i).startswith("##") for i in range(len(tokenizer))])
+
+    def _familiarity(self, features: GridFeatures) -> list[tuple[float, float]] | None:
+        if self.calibration is None:
+            return None
+        pooled = pool(features)
+        return [self.calibration.familiarity(p) for p in pooled]
+
+    def _caption(
+        self,
+        hypothesis: Hypothesis,
+        features: GridFeatures,
+        item: int,
+        prefix: str,
+        familiar: tuple[float, float] | None,
+    ) -> Caption:
+        """Turn tokens into words: probabilities multiply, attention and gate are averaged."""
+        frames = features.data.shape[1]
+        probabilities = np.exp(hypothesis.token_log_probabilities.astype(np.float64))
+        own = split_words(prefix)
+        words = []
+        for text, positions in self.model.tokenizer.words(hypothesis.tokens):
+            given = positions[-1] < hypothesis.given
+            if text == SPECIAL[UNKNOWN] and given and len(own) == hypothesis.given:
+                text = own[positions[0]]
+            probability = float(probabilities[positions].prod())
+            first = positions[0]
+            words.append(
+                Word(
+                    text=text,
+                    probability=probability,
+                    confidence=self.calibration.word_confidence(probability)
+                    if self.calibration
+                    else probability,
+                    alternatives=tuple(
+                        Alternative(
+                            "<end>" if token == END else self.model.tokenizer.piece(int(token)), float(p)
+                        )
+                        for token, p in zip(
+                            hypothesis.alternatives[first],
+                            hypothesis.alternative_probabilities[first],
+                            strict=True,
+                        )
+                        if token not in (PAD, START, UNKNOWN)
+                    ),
+                    attention=None
+                    if hypothesis.attention is None
+                    else hypothesis.attention[positions].mean(0).reshape(frames, -1),
+                    gate=None if hypothesis.gates is None else float(hypothesis.gates[positions].mean()),
+                    given=given,
+                )
+            )
+        chosen = [w for w in words if not w.given] or words
+        if self.calibration is not None and familiar is not None:
+            confidence = self.calibration.caption_confidence(
+                caption_features([w.text for w in chosen], [w.probability for w in chosen], *familiar)
+            )
+        else:
+            confidence = plain_confidence([w.probability for w in chosen])
+        return Caption(
+            text=join_words([w.text for w in words]),
+            words=tuple(words),
+            score=hypothesis.score,
+            log_probability=hypothesis.log_probability,
+            confidence=confidence,
+            finished=hypothesis.finished,
+            grid=features.grid,
+            fit=features.fits[item],
+            times=features.times[item].cpu().numpy().astype(np.float32),
+        )
+
+    def _agrees_with_cpu(self, path: Path) -> bool:
+        """Return whether this device gives the CPU's words on scripted pictures."""
+        grid = np.indices((240, 320)).sum(0)
+        pictures = [
+            np.stack([(grid * k) % 256 for k in (1, 2, 3)], -1).astype(np.uint8),
+            np.stack([255 - grid // 3, grid // 3, grid // 4], -1).astype(np.uint8),
+        ]
+        try:
+            here = [c.text for c in self.caption_batch(pictures)]
+        except (RuntimeError, NotImplementedError):  # an operation that the device lacks
+            return False
+        there = Captioner(*checkpoint.load(path, "cpu")).caption_batch(pictures)
+        return here == [c.text for c in there]
+
+
+def pool(features: GridFeatures) -> np.ndarray:
+    """Return the mean feature ``(B, D)`` of the cells that may be seen."""
+    weights = features.mask / features.mask.sum((1, 2), keepdim=True)
+    return torch.einsum("bfr,bfrd->bd", weights, features.data).cpu().numpy()
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda, cuda:N or mps") from None
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(chosen.type, False):
+        raise ValueError(f"device {device!r} is not available here; use --device auto or cpu")
+    return chosen
