@@ -48,12 +48,11 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = {"str": (str,), "int": (int,), "bool": (bool,), "float": (int, float)}
-            wanted: tuple[type, ...] = kinds[str(field.type)]
+            value: Any = getattr(self, field.name)
+            wanted: Any = {"str": str, "int": int, "bool": bool, "float": (int, float)}[str(field.type)]
             if not isinstance(value, wanted) or (isinstance(value, bool) and field.type != "bool"):
                 raise ValueError(f"decoder.{field.name} must be {field.type}, not {value!r}")
-            if field.type == "int" and int(value) < 1:
+            if field.type == "int" and value < 1:
                 raise ValueError(f"decoder.{field.name} must be at least 1, not {value}")
         if self.cell not in CELLS:
             raise ValueError(f"decoder.cell must be one of {', '.join(CELLS)}, not {self.cell!r}")

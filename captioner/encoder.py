@@ -384,6 +384,13 @@ def _torchvision_spec(name: str) -> EncoderSpec:
     if interpolation not in ("bilinear", "bicubic"):
         raise EncoderError(f"{name}: interpolation {interpolation!r} of its weights is not supported")
 
+    def build() -> nn.Sequential:
+        if family != "regnet":
+            return cut(getattr(models, name)(weights=None))
+        # works its widths out with tensors, which must not be on the meta device
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            return cut(getattr(models, name)(weights=None))
+
     def cut(whole: Any) -> nn.Sequential:
         """Take pooling and classifier off."""
         if family == "resnet":
@@ -418,7 +425,7 @@ def _torchvision_spec(name: str) -> EncoderSpec:
         network.load_state_dict(cut(whole).state_dict())
 
     return EncoderSpec(
-        build=lambda: cut(getattr(models, name)(weights=None)),
+        build=build,
         width=width,
         preprocess=Preprocess(
             size=preset.crop_size[0],

@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from captioner.batch import ahead
 from captioner.checkpoint import write_atomically
 from captioner.encoder import Encoder, GridFeatures, compute, fuse, photo_mask
 from captioner.images import Fit, ImageError, Preprocess, load
@@ -23,26 +21,6 @@ from captioner_training.data import DataError, DataSet, chunks
 
 _BATCH = 16
 _SAVE_EVERY = 20
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def ahead(
-    work: Callable[[Item], Result],
-    items: Sequence[Item],
-    threads: int = 2,
-    initializer: Callable[[], None] | None = None,
-) -> Iterator[Result]:
-    """Yield ``work(item)`` in order, computed a few items ahead by a pool of threads."""
-    depth = threads + 2
-    with ThreadPoolExecutor(threads, initializer=initializer) as pool:
-        waiting = deque(pool.submit(work, item) for item in items[:depth])
-        for index in range(len(items)):
-            result = waiting.popleft().result()
-            if index + depth < len(items):
-                waiting.append(pool.submit(work, items[index + depth]))
-            yield result
 
 
 def load_pixels(data: DataSet, indices: Sequence[int], encoder: Encoder) -> tuple[Tensor, list[Fit]]:
@@ -105,7 +83,7 @@ class FeatureCache:
         self._progress = self._stem.with_suffix(".json")
         size = encoder.preprocess.size
         with torch.inference_mode():
-            width, rows, columns = self.network(torch.zeros(1, 3, size, size)).shape[1:]
+            width, rows, columns = (int(n) for n in self.network(torch.zeros(1, 3, size, size)).shape[1:])
         self.shape = (self.variants, len(data), rows * columns, width)
         self.map_shape = (width, rows, columns)
         self._map: np.ndarray | None = None

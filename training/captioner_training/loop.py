@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from captioner import checkpoint
+from captioner.batch import ahead
 from captioner.decoder import Memory
 from captioner.encoder import ENCODERS, Encoder, cells
 from captioner.model import CaptionModel
@@ -27,7 +28,7 @@ from captioner.tokenizer import END, PAD, START, BpeTokenizer, Tokenizer, WordTo
 from captioner_training.config import StageConfig, TrainingConfig
 from captioner_training.data import DataSet, chunks, load_data_set
 from captioner_training.evaluate import generate
-from captioner_training.features import FeatureCache, ahead
+from captioner_training.features import FeatureCache
 from captioner_training.losses import caption_loss
 from captioner_training.metrics import Scorer
 from captioner_training.workers import Workers, run_together
@@ -56,8 +57,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device."""
-        tensors = (self.features, self.mask, self.picture, self.tokens, self.lengths)
-        return Batch(*(tensor.to(device) for tensor in tensors), self.all_tokens, self.all_captions)
+        moved = {n: getattr(self, n).to(device) for n in ("features", "mask", "picture", "tokens", "lengths")}
+        return replace(self, **moved)
 
 
 def train(
@@ -176,7 +177,7 @@ def run(
                     nn.utils.clip_grad_norm_(average.parameters, stage.clip)
                     optimiser.step()
                     average.update()
-                    losses.append(float(loss.detach()) * workers.count)
+                    losses.append(float(loss.detach()) * batch.all_tokens / int(batch.lengths.sum()))
                     progress["step"] += 1
                     bar.update()
                     bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")

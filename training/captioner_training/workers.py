@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def run_together(work: Callable[..., None], count: int, *arguments: Any) -> None
         return
     with tempfile.TemporaryDirectory() as folder:
         meeting = (Path(folder) / "meeting").as_uri()
-        torch.multiprocessing.spawn(_enter, (work, count, meeting, arguments), nprocs=count)
+        spawn(_enter, (work, count, meeting, arguments), nprocs=count)
 
 
 def _enter(

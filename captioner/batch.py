@@ -1,0 +1,182 @@
+"""Files in, captions out: in order, with decoding beside the network, and no bad file stops the rest."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from os import PathLike
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from captioner.caption import SCHEMA_VERSION, Caption
+from captioner.captioner import Captioner
+from captioner.encoder import region_shares
+from captioner.images import Fit, ImageError, load
+
+DEFAULT_BATCH = 32
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class FileResult:
+    """What became of one file: a caption, or the reason why there is none."""
+
+    path: str
+    caption: Caption | None
+    error: str | None = None
+
+
+def to_record(result: FileResult, model: str, *, attention: bool = False) -> dict[str, Any]:
+    """Return the record of a file (schema in ``docs/records.md``)."""
+    if result.caption is None:
+        record: dict[str, Any] = {"schema": SCHEMA_VERSION, "path": result.path, "caption": None}
+    else:
+        record = {"path": result.path, **result.caption.to_dict(attention=attention)}
+    return {**record, "model": model, "error": result.error}
+
+
+def caption_files(
+    captioner: Captioner,
+    paths: Iterable[str | PathLike[str]],
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    region: Any = None,
+    seed: int = 0,
+    **options: Any,
+) -> Iterator[FileResult]:
+    """Caption files, in order; memory does not grow with their number.
+
+    On a CPU every core takes a batch of its own from the file to the words: a network for pictures this small
+    is faster so than with all cores on one picture. On a GPU the cores decode and the GPU does the rest.
+
+    Args:
+        captioner: what captions them.
+        paths: the files.
+        batch_size: pictures that go through the network together.
+        region: the same box for all pictures, in pixels.
+        seed: of sampling; the n-th file is drawn with ``seed + n``, whatever the batches are.
+        options: see `Captioner.caption_batch`.
+
+    Yields:
+        one `FileResult` for each path; unreadable files have an error in the place of a caption.
+
+    Raises:
+        ValueError: for impossible options, before any file is read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    searching = {k: v for k, v in options.items() if k not in ("prefix", "must")}
+    captioner.options(**searching)
+    threads = max(1, torch.get_num_threads())
+
+    def read(batch: tuple[int, list[str]]) -> _Read:
+        return _read(captioner, *batch)
+
+    def finish(read: _Read) -> list[FileResult]:
+        return _finish(captioner, read, region, seed, options)
+
+    batches = _batches((str(path) for path in paths), batch_size, threads)
+    if captioner.device.type == "cpu":
+        # set_num_threads holds for the thread that calls it (and for matrix products as a whole)
+        single = lambda: torch.set_num_threads(1)  # noqa: E731
+        try:
+            for results in ahead(lambda batch: finish(read(batch)), batches, threads, single):
+                yield from results
+        finally:
+            torch.set_num_threads(threads)
+    else:
+        for decoded in ahead(read, batches, threads):
+            yield from finish(decoded)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    start: int
+    paths: Sequence[str]
+    pictures: list[tuple[np.ndarray, Fit] | None]
+    errors: list[str | None]
+
+
+def _read(captioner: Captioner, start: int, paths: Sequence[str]) -> _Read:
+    pictures: list[tuple[np.ndarray, Fit] | None] = []
+    errors: list[str | None] = []
+    for path in paths:
+        try:
+            pictures.append(load(path, captioner.model.encoder.preprocess))
+            errors.append(None)
+        except ImageError as error:
+            pictures.append(None)
+            errors.append(str(error))
+    return _Read(start, paths, pictures, errors)
+
+
+def _finish(
+    captioner: Captioner, read: _Read, region: Any, seed: int, options: dict[str, Any]
+) -> list[FileResult]:
+    errors = list(read.errors)
+    regions: dict[int, Any] = {}
+    good = [i for i, picture in enumerate(read.pictures) if picture is not None]
+    if region is not None:
+        # a box that misses one picture must not stop the others
+        for i in list(good):
+            _, fit = read.pictures[i]  # type: ignore[misc]
+            try:
+                region_shares(region, captioner.model.encoder.grid, fit)
+                regions[i] = region
+            except ValueError as error:
+                errors[i] = f"{read.paths[i]}: {error}"
+                good.remove(i)
+    captions: dict[int, Caption] = {}
+    if good:
+        features = captioner.encode_pixels([p for i in good if (p := read.pictures[i]) is not None])
+        found = captioner.caption_batch(
+            features,
+            regions=[regions[i] for i in good] if regions else None,
+            seeds=[seed + read.start + i for i in good],
+            **options,
+        )
+        captions = dict(zip(good, found, strict=True))
+    return [
+        FileResult(path, captions.get(i), errors[i] if i not in captions else None)
+        for i, path in enumerate(read.paths)
+    ]
+
+
+def _batches(paths: Iterator[str], size: int, threads: int) -> Iterator[tuple[int, list[str]]]:
+    """Cut into batches, each with the number of its first file; few files are spread over all threads."""
+    first = list(islice(paths, size * threads))
+    if len(first) < size * threads:
+        size = max(1, -(-len(first) // threads))
+    start = 0
+    paths = chain(first, paths)
+    while batch := list(islice(paths, size)):
+        yield start, batch
+        start += len(batch)
+
+
+def ahead(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int = 2,
+    initializer: Callable[[], None] | None = None,
+) -> Iterator[Result]:
+    """Yield ``work(item)`` in order, computed a few items ahead by a pool of threads."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads, initializer=initializer) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioner import checkpoint
+from captioner.decoder import DecoderConfig
+from captioner.encoder import Encoder
+from captioner.model import CaptionModel
+from captioner.tokenizer import WordTokenizer
+
+TINY_WORDS = ["a", "the", "on", "in", "of", "with", "and", "is", "man", "woman", "dog", "cat", "bicycle", "car", "tree", "street", "red", "blue", "black", "white", "small", "large", "runs", "sits", "rides", "stands", "grass", "water", "table", "'s"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Small tensors are faster without a pool of threads, and results do not depend on their number."""
+    torch.set_num_threads(1)
+
+
+def make_tiny_model(**decoder: object) -> CaptionModel:
+    """Random weights, the same every time; 64 pixels, a 2 x 2 grid, 34 tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        encoder = Encoder("efficientnet_lite0")
+        encoder = Encoder("efficientnet_lite0", preprocess=replace(encoder.preprocess, size=64))
+        options = {"hidden": 24, "embedding": 16, "cells": 20, "attention_width": 12, **decoder}
+        model = CaptionModel(encoder, DecoderConfig(**options), WordTokenizer(TINY_WORDS))
+        sharpen(model.decoder)
+    return model.eval()
+
+
+def sharpen(decoder: torch.nn.Module) -> None:
+    """Spread the weights of a random decoder, so that its words and attention depend on what it has seen."""
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("embedding.weight"):
+                parameter.normal_(0, 1)
+            elif parameter.dim() > 1 and not name.startswith("cell."):
+                parameter.mul_(2)
+
+
+def make_header(model: CaptionModel, **changes: object) -> checkpoint.Header:
+    header = checkpoint.Header(
+        name="tiny",
+        encoder=model.encoder.name,
+        preprocess=model.encoder.preprocess,
+        decoder=model.decoder.config,
+        tokenizer=model.tokenizer.to_dict(),
+        search={"beam": 3, "max_length": 12},
+        summary={"data": "none"},
+    )
+    return replace(header, **changes)
+
+
+@pytest.fixture
+def tiny_model() -> CaptionModel:
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny model; not to be changed."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    model = make_tiny_model()
+    checkpoint.save(path, model, make_header(model))
+    return path

@@ -1,0 +1,244 @@
+"""Fit a `captioner.calibration.Calibration` for a trained model, and report how well it holds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from captioner import checkpoint
+from captioner.batch import ahead
+from captioner.calibration import FEATURES, Calibration, caption_features, content_share
+from captioner.caption import SURE
+from captioner.captioner import Captioner, pool
+from captioner.images import load
+from captioner.tokenizer import END, PAD, START, split_words
+from captioner_training import nothing
+from captioner_training.config import TrainingConfig
+from captioner_training.data import DataError, DataSet, chunks, load_data_set
+from captioner_training.features import load_pixels
+
+_BATCH = 16
+_DIRECTIONS = 64
+_FAMILIAR = 4000
+"""How many training pictures tell what is familiar."""
+_NOTHING = 30
+"""How many pictures of each kind show nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One captioned picture: the numbers of `FEATURES`, the share of right content words, where it is from."""
+
+    features: list[float]
+    share: float
+    source: str
+
+
+def calibrate(config: TrainingConfig, data_folder: Path, model: Path, output: Path) -> list[str]:
+    """Fit on the validation sets and on pictures of nothing, write the checkpoint, return a report.
+
+    Raises:
+        DataError, CheckpointError: for data or a model that cannot be used.
+    """
+    trained, header, _ = checkpoint.load(model)
+    captioner = Captioner(*checkpoint.load(model))
+    sources = [load_data_set(n, c, data_folder) for n, c in config.data.sources.items()]
+    validation = [load_data_set(n, c, data_folder) for n, c in config.data.validation.items()]
+    if sum(len(data) for data in validation) < 20:
+        raise DataError("the validation sets hold fewer than 20 pictures: too few to calibrate on")
+    mean, basis, residual = familiar(captioner, sources)
+    space = Calibration((1.0, 0.0), (0.0,) * (len(FEATURES) + 1), mean, basis, residual)
+    samples = [s for data in validation for s in photo_samples(captioner, space, data)]
+    for kind in nothing.KINDS:
+        samples += nothing_samples(captioner, space, kind)
+    pairs = np.concatenate([word_pairs(captioner, data) for data in validation])
+    calibration = Calibration(fit_words(pairs), fit_captions(samples), mean, basis, residual)
+    checkpoint.save(output, trained, header, calibration)
+    return report(samples, pairs, calibration)
+
+
+def familiar(captioner: Captioner, sources: Sequence[DataSet]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return mean ``(D,)``, whitened main directions ``(D, K)`` and residual scale of the training pictures."""
+    chance = random.Random(0)
+    everything = [(data, i) for data in sources for i in range(len(data))]
+    chosen = chance.sample(everything, min(_FAMILIAR, len(everything)))
+    encoder = captioner.model.encoder
+
+    def work(batch: Sequence[int]) -> np.ndarray:
+        loaded = [load_pixels(chosen[i][0], [chosen[i][1]], encoder) for i in batch]
+        return pool(captioner.encode_pixels([(pixels[0].numpy(), fits[0]) for pixels, fits in loaded]))
+
+    pooled = _parallel(work, list(chunks(range(len(chosen)), _BATCH))).astype(np.float64)
+    mean = pooled.mean(0)
+    centred = pooled - mean
+    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
+    count = min(_DIRECTIONS, len(spread) - 1)
+    along = centred @ directions[:count].T
+    outside = centred - along @ directions[:count]
+    deviations = spread[:count] / np.sqrt(len(pooled))
+    return mean, directions[:count].T / deviations, float(np.sqrt((outside**2).sum(1).mean()))
+
+
+def photo_samples(captioner: Captioner, space: Calibration, data: DataSet) -> list[Sample]:
+    """Caption a data set and compare each caption with people's."""
+
+    def work(batch: Sequence[int]) -> list[Sample]:
+        pixels, fits = load_pixels(data, batch, captioner.model.encoder)
+        references = [[split_words(c) for c in data.pictures[i].captions] for i in batch]
+        loaded = [(p.numpy(), f) for p, f in zip(pixels, fits, strict=True)]
+        return _samples(captioner, space, loaded, references, data.name)
+
+    return [s for part in _parallel_lists(work, list(chunks(range(len(data)), _BATCH))) for s in part]
+
+
+def nothing_samples(captioner: Captioner, space: Calibration, kind: str, seed: int = 0) -> list[Sample]:
+    """Caption pictures that show nothing: whatever is said is wrong."""
+    preprocess = captioner.model.encoder.preprocess
+    pictures: list[Image.Image] = nothing.pictures(kind, _NOTHING, seed)
+    loaded = [load(picture, preprocess) for picture in pictures]
+    return _samples(captioner, space, loaded, [[] for _ in loaded], kind)
+
+
+def _samples(
+    captioner: Captioner, space: Calibration, loaded: Any, references: list[list[list[str]]], source: str
+) -> list[Sample]:
+    features = captioner.encode_pixels(loaded)
+    captions = captioner.caption_batch(features)
+    samples = []
+    for caption, pooled, known in zip(captions, pool(features), references, strict=True):
+        words = [w.text for w in caption.words]
+        numbers = caption_features(words, [w.probability for w in caption.words], *space.familiarity(pooled))
+        samples.append(Sample(numbers, content_share(words, known), source))
+    return samples
+
+
+def word_pairs(captioner: Captioner, data: DataSet) -> np.ndarray:
+    """Return ``(P, 2)``: the probability of the likeliest word at each place of people's captions, and
+    whether it is the word that stands there.
+    """
+    model = captioner.model
+
+    def work(batch: Sequence[int]) -> np.ndarray:
+        pixels, fits = load_pixels(data, batch, model.encoder)
+        grid = captioner.encode_pixels([(p.numpy(), f) for p, f in zip(pixels, fits, strict=True)])
+        rows = [
+            (row, [*model.tokenizer.encode(caption), END])
+            for row, i in enumerate(batch)
+            for caption in data.pictures[i].captions
+        ]
+        rows.sort(key=lambda row: -len(row[1]))
+        lengths = torch.tensor([len(tokens) for _, tokens in rows])
+        tokens = torch.full((len(rows), int(lengths[0]) + 1), PAD)
+        for i, (_, caption) in enumerate(rows):
+            tokens[i, : len(caption) + 1] = torch.tensor([START, *caption])
+        with torch.inference_mode():
+            memory = model.memory(grid).select(torch.tensor([row for row, _ in rows]))
+            logits = model(memory, tokens, lengths).logits
+            best, word = torch.softmax(logits, -1).max(-1)
+        valid = torch.arange(tokens.shape[1] - 1) < lengths[:, None]
+        return torch.stack((best, (word == tokens[:, 1:][valid]).float()), 1).numpy()
+
+    return _parallel(work, list(chunks(range(len(data)), _BATCH)))
+
+
+def fit_words(pairs: np.ndarray) -> tuple[float, float]:
+    """Platt scaling: slope and intercept on the log-odds of probabilities, ``pairs`` of `word_pairs`."""
+    p = np.clip(pairs[:, 0].astype(np.float64), 1e-6, 1 - 1e-6)
+    weights = fit_logistic(np.log(p / (1 - p))[:, None], pairs[:, 1])
+    return weights[1], weights[0]
+
+
+def fit_captions(samples: Sequence[Sample]) -> tuple[float, ...]:
+    """Logistic regression of the share on the numbers of `FEATURES`."""
+    return fit_logistic(np.array([s.features for s in samples]), np.array([s.share for s in samples]))
+
+
+def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, ...]:
+    """Return intercept and weights that minimise the cross-entropy with targets of 0 to 1, by Newton's method."""
+    mean, scale = x.mean(0), x.std(0) + 1e-9
+    design = np.column_stack((np.ones(len(x)), (x - mean) / scale))
+    weights = np.zeros(design.shape[1])
+    ridge = np.diag([0.0, *[1e-3 * len(x)] * x.shape[1]])  # keeps separable data finite
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-design @ weights))
+        gradient = design.T @ (p - y) + ridge @ weights
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + ridge
+        step = np.linalg.solve(hessian, gradient)
+        weights -= step
+        if np.abs(step).max() < 1e-9:
+            break
+    raw = weights[1:] / scale
+    return (float(weights[0] - raw @ mean), *(float(w) for w in raw))
+
+
+def report(samples: Sequence[Sample], pairs: np.ndarray, calibration: Calibration) -> list[str]:
+    """Return lines: error of both calibrations by cross-validation, and confidence by kind of picture."""
+    lines = []
+    half = len(pairs) // 2
+    slope, intercept = fit_words(pairs[:half])
+    held = Calibration((slope, intercept), calibration.caption, calibration.mean, calibration.basis, 1.0)
+    told = np.array([held.word_confidence(float(p)) for p in pairs[half:, 0]])
+    lines.append(
+        f"words: expected calibration error {calibration_error(pairs[half:, 0], pairs[half:, 1]):.4f} before, "
+        f"{calibration_error(told, pairs[half:, 1]):.4f} after, on the half not fitted"
+    )
+    photos = [s for s in samples if s.source not in nothing.KINDS]
+    others = [s for s in samples if s.source in nothing.KINDS]
+    order = random.Random(0).sample(range(len(photos)), len(photos))
+    confidence = np.zeros(len(photos))
+    for fold in range(5):
+        kept = [photos[i] for i in order if i % 5 != fold]
+        weights = fit_captions([*kept, *others])
+        for i in (i for i in order if i % 5 == fold):
+            confidence[i] = predict(weights, photos[i].features)
+    share = np.array([s.share for s in photos])
+    lines.append(
+        f"captions of photos, five-fold: mean confidence {confidence.mean():.3f}, mean share of right content "
+        f"words {share.mean():.3f}, error {calibration_error(confidence, share):.4f}, "
+        f"correlation {np.corrcoef(confidence, share)[0, 1]:.3f}"
+    )
+    lines.append(
+        f"photos below the threshold of {SURE}: {(confidence < SURE).mean():.1%}, with a mean share of "
+        f"{share[confidence < SURE].mean() if (confidence < SURE).any() else float('nan'):.3f}; "
+        f"of the others {share[confidence >= SURE].mean():.3f}"
+    )
+    for kind in nothing.KINDS:  # a kind is judged by what was fitted on the other kinds
+        weights = fit_captions([s for s in samples if s.source != kind])
+        told = np.array([predict(weights, s.features) for s in samples if s.source == kind])
+        lines.append(
+            f"nothing, {kind}: mean confidence {told.mean():.3f}, below the threshold {(told < SURE).mean():.0%} "
+            "(this kind left out of the fit)"
+        )
+    return lines
+
+
+def predict(weights: Sequence[float], features: Sequence[float]) -> float:
+    """Return the confidence that a fit gives."""
+    return float(1 / (1 + np.exp(-(weights[0] + np.dot(weights[1:], features)))))
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error over bins of equal size (Naeini et al. 2015)."""
+    order = np.argsort(confidence)
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    gaps = [len(part) * abs(confidence[part].mean() - right[part].mean()) for part in parts]
+    return float(sum(gaps) / len(confidence))
+
+
+def _parallel_lists(work: Any, batches: list[Any]) -> list[Any]:
+    threads = torch.get_num_threads()
+    try:
+        return list(ahead(work, batches, threads, lambda: torch.set_num_threads(1)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _parallel(work: Any, batches: list[Any]) -> np.ndarray:
+    return np.concatenate(_parallel_lists(work, batches))
