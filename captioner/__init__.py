@@ -5,12 +5,17 @@
 >>> caption = captioner.caption("photo.jpg")  # doctest: +SKIP
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from captioner._version import __version__
-from captioner.caption import Alternative, Caption, Word
-from captioner.captioner import Captioner
-from captioner.checkpoint import CheckpointError
-from captioner.encoder import EncoderError, GridFeatures
-from captioner.images import ImageError
+
+if TYPE_CHECKING:
+    from captioner.caption import Alternative, Caption, Word
+    from captioner.captioner import Captioner
+    from captioner.checkpoint import CheckpointError
+    from captioner.encoder import EncoderError, GridFeatures
+    from captioner.images import ImageError
 
 __all__ = [
     "Alternative",
@@ -23,3 +28,26 @@ __all__ = [
     "Word",
     "__version__",
 ]
+
+# imported when they are first used, because torch takes seconds and `captioner --help` should not
+_HOMES = {
+    "Alternative": "caption",
+    "Caption": "caption",
+    "Captioner": "captioner",
+    "CheckpointError": "checkpoint",
+    "EncoderError": "encoder",
+    "GridFeatures": "encoder",
+    "ImageError": "images",
+    "Word": "caption",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from os import PathLike
+from os import PathLike, fsdecode
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,20 +34,22 @@ class FileResult:
 
 
 def to_record(result: FileResult, model: str, *, attention: bool = False) -> dict[str, Any]:
-    """Return the record of a file (schema in ``docs/records.md``)."""
+    """Return the record of a file (schema in ``docs/records.md``); without a caption, that is ``""``."""
     if result.caption is None:
-        record: dict[str, Any] = {"schema": SCHEMA_VERSION, "path": result.path, "caption": None}
+        record: dict[str, Any] = {"schema": SCHEMA_VERSION, "caption": ""}
     else:
-        record = {"path": result.path, **result.caption.to_dict(attention=attention)}
-    return {**record, "model": model, "error": result.error}
+        record = result.caption.to_dict(attention=attention)
+    return {"path": result.path, **record, "model": model, "error": result.error}
 
 
 def caption_files(
     captioner: Captioner,
-    paths: Iterable[str | PathLike[str]],
+    paths: str | PathLike[str] | Iterable[str | PathLike[str]],
     *,
     batch_size: int = DEFAULT_BATCH,
+    prefix: str = "",
     region: Any = None,
+    must: Sequence[str | Sequence[str]] = (),
     seed: int = 0,
     **options: Any,
 ) -> Iterator[FileResult]:
@@ -60,20 +62,36 @@ def caption_files(
         captioner: what captions them.
         paths: the files.
         batch_size: pictures that go through the network together.
+        prefix, must: the same for all pictures, see `Captioner.caption`.
         region: the same box for all pictures, in pixels.
         seed: of sampling; the n-th file is drawn with ``seed + n``, whatever the batches are.
-        options: see `Captioner.caption_batch`.
+        options: see `Captioner.caption`.
 
     Yields:
         one `FileResult` for each path; unreadable files have an error in the place of a caption.
 
     Raises:
-        ValueError: for impossible options, before any file is read.
+        ValueError: for impossible options or required words, before any file is read; for a prefix and
+            required words that are together too long, with the first batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    searching = {k: v for k, v in options.items() if k not in ("prefix", "must")}
-    captioner.options(**searching)
+    captioner.check(must=must, **options)
+    if isinstance(paths, (str, PathLike)):
+        paths = [paths]
+    return _run(
+        captioner, map(fsdecode, paths), batch_size, region, seed, {"prefix": prefix, "must": must, **options}
+    )
+
+
+def _run(
+    captioner: Captioner,
+    paths: Iterator[str],
+    batch_size: int,
+    region: Any,
+    seed: int,
+    options: dict[str, Any],
+) -> Iterator[FileResult]:
     threads = max(1, torch.get_num_threads())
 
     def read(batch: tuple[int, list[str]]) -> _Read:
@@ -82,7 +100,7 @@ def caption_files(
     def finish(read: _Read) -> list[FileResult]:
         return _finish(captioner, read, region, seed, options)
 
-    batches = _batches((str(path) for path in paths), batch_size, threads)
+    batches = _batches(paths, batch_size, threads)
     if captioner.device.type == "cpu":
         # set_num_threads holds for the thread that calls it (and for matrix products as a whole)
         single = lambda: torch.set_num_threads(1)  # noqa: E731
@@ -167,16 +185,18 @@ def ahead(
     threads: int = 2,
     initializer: Callable[[], None] | None = None,
 ) -> Iterator[Result]:
-    """Yield ``work(item)`` in order, computed a few items ahead by a pool of threads."""
+    """Yield ``work(item)`` in order, computed a few items ahead by a pool of threads.
+
+    Whoever stops early does not wait for what is being computed.
+    """
     waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads, initializer=initializer) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(threads, initializer=initializer)
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > threads:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -51,13 +51,45 @@ def content_share(words: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return len(said & known) / len(said) if said else 0.0
 
 
+# whose plural no ending tells
+_IRREGULAR = {
+    "people": "person",
+    "children": "child",
+    "feet": "foot",
+    "teeth": "tooth",
+    "geese": "goose",
+    "mice": "mouse",
+    "wives": "wife",
+    "knives": "knife",
+    "leaves": "leaf",
+    "shelves": "shelf",
+    "loaves": "loaf",
+    "calves": "calf",
+    "wolves": "wolf",
+    "scarves": "scarf",
+    "skies": "sky",
+    "flies": "fly",
+}
+
+
 def stem(word: str) -> str:
-    """Return a word without its commonest endings; crude, and the same on both sides of a comparison."""
-    for ending, least in (("ing", 4), ("es", 4), ("ed", 4), ("s", 3)):
-        if word.endswith(ending) and len(word) - len(ending) >= least - 1 and not word.endswith("ss"):
-            base = word[: -len(ending)]
-            return base[:-1] if len(base) > 3 and base[-1] == base[-2] else base.rstrip("e")
-    return word.rstrip("e") if len(word) > 3 else word
+    """Return a word without plural and simple inflections; crude, and the same on both sides of a comparison.
+
+    What is left need not be a word: ``horse`` and ``horses`` are ``hors``.
+    """
+    word = _IRREGULAR.get(word, word)
+    if word.endswith("men"):
+        word = f"{word[:-2]}an"
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us")):
+        word = word[:-1]
+    for ending in ("ing", "ed"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            word = word[: -len(ending)]
+            break
+    word = word.rstrip("e") or word
+    if len(word) > 3 and word.endswith("y") and word[-2] not in "aeiou":
+        word = f"{word[:-1]}i"
+    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +138,21 @@ class Calibration:
         """Rebuild from a checkpoint.
 
         Raises:
-            ValueError: if the numbers do not fit `FEATURES`.
+            ValueError: if the numbers do not fit `FEATURES`, or are none to calculate with.
         """
         caption = tuple(float(v) for v in data["caption"])
         if len(caption) != len(FEATURES) + 1 or len(data["word"]) != 2:
             raise ValueError(f"the calibration does not fit the features {', '.join(FEATURES)}")
         slope, intercept = (float(v) for v in data["word"])
-        return cls((slope, intercept), caption, mean, basis, float(data["residual"]))
+        residual = float(data["residual"])
+        if mean.ndim != 1 or basis.ndim != 2 or basis.shape[1] == 0:
+            raise ValueError(f"the calibration has a mean of shape {mean.shape}, a basis of {basis.shape}")
+        parts = [slope, intercept, *caption, residual]
+        if not (np.isfinite(parts).all() and np.isfinite(mean).all() and np.isfinite(basis).all()):
+            raise ValueError("the calibration holds numbers that are not finite")
+        if residual <= 0 or not basis.any(0).all():
+            raise ValueError("the calibration measures distances in units of zero")
+        return cls((slope, intercept), caption, mean, basis, residual)
 
 
 def caption_features(

@@ -86,10 +86,14 @@ class Captioner:
         """
         path = Path(path) if path is not None else BUILT_IN
         chosen = _choose_device(device)
-        captioner = cls(*checkpoint.load(path, chosen), precision=precision)
-        if device == "auto" and chosen.type == "mps" and not captioner._agrees_with_cpu(path):
-            return cls(*checkpoint.load(path, "cpu"), precision=precision)
-        return captioner
+        if device != "auto" or chosen.type != "mps":
+            return cls(*checkpoint.load(path, chosen), precision=precision)
+        reference = cls(*checkpoint.load(path, "cpu"), precision=precision)
+        try:
+            captioner = cls(*checkpoint.load(path, chosen), precision=precision)
+            return captioner if captioner._agrees_with(reference) else reference
+        except RuntimeError:  # an operation that the device lacks
+            return reference
 
     @property
     def device(self) -> torch.device:
@@ -117,8 +121,11 @@ class Captioner:
 
         Raises:
             ImageError: if one of the pictures cannot be read.
-            ValueError: if there are none.
+            ValueError: if there are none, or only one and not in a list.
         """
+        one = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(images, "read")
+        if one or not isinstance(images, Iterable) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            raise ValueError("give a list of pictures, [picture] if it is only one")
         return self.encode_pixels([load(image, self.model.encoder.preprocess) for image in images])
 
     @torch.inference_mode()
@@ -143,7 +150,7 @@ class Captioner:
 
         Args:
             image: a picture, or what `encode` made of it.
-            prefix: words that the caption begins with; a word that the model does not know is kept as it is.
+            prefix: words that the caption begins with; a word that the model does not know is kept as typed.
             region: a box ``(left, top, right, bottom)`` in pixels of the photo as seen (after EXIF
                 rotation), or a mask ``(height, width)`` of booleans or 0 to 1: what the model may see.
             must: words or phrases that have to appear; in the place of one, a sequence of alternatives.
@@ -190,24 +197,29 @@ class Captioner:
             ImageError, ValueError: as `caption`.
         """
         chosen = self.options(**options)
+        machine = self._machine(must)
         features = images if isinstance(images, GridFeatures) else self.encode_batch(images)
+        if features.data.shape[-1] != self.model.encoder.width:
+            raise ValueError(
+                f"these features have width {features.data.shape[-1]}, and this model's encoder gives "
+                f"{self.model.encoder.width}: they come from another model"
+            )
         count = len(features)
-        features = features.to(self.device)
-        if regions is not None and any(region is not None for region in regions):
-            features = self._limit(features, regions)
         prefixes = [prefix] * count if isinstance(prefix, str) else list(prefix)
         for name, given in (("prefix", prefixes), ("regions", regions), ("seeds", seeds)):
             if given is not None and len(given) != count:
                 raise ValueError(f"{name}: expected one for each of {count} pictures, found {len(given)}")
+        features = features.to(self.device)
+        if regions is not None and any(region is not None for region in regions):
+            features = self._limit(features, regions)
         given_tokens = [self.model.tokenizer.encode(p) for p in prefixes]
-        machine = self._machine(must)
         found = search(
             self.model.decoder,
             self.model.memory(features),
             chosen,
             prefixes=given_tokens,
             machines=[machine] * count if machine else None,
-            seeds=seeds if seeds is not None else range(count),
+            seeds=[int(seed) for seed in seeds] if seeds is not None else range(count),
         )
         familiar = self._familiarity(features)
         captions = []
@@ -229,9 +241,19 @@ class Captioner:
         for name in options:
             if name not in known:
                 raise ValueError(f"unknown option {name!r}; there are {', '.join(sorted(known))}")
-        if options.get("n_best", 1) > self.defaults.beam and "beam" not in options:
-            options["beam"] = options["n_best"]
-        return replace(self.defaults, **options).check()
+        chosen = replace(self.defaults, **options)
+        if "beam" not in options and isinstance(chosen.n_best, int) and chosen.n_best > chosen.beam:
+            chosen = replace(chosen, beam=chosen.n_best)
+        return chosen.check()
+
+    def check(self, *, must: Sequence[str | Sequence[str]] = (), **options: Any) -> None:
+        """See, without a picture, whether `caption` would refuse these words and options.
+
+        Raises:
+            ValueError: for an unknown or impossible option, or a required word that is not in the vocabulary.
+        """
+        self.options(**options)
+        self._machine(must)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -281,12 +303,9 @@ class Captioner:
         """Turn tokens into words: probabilities multiply, attention and gate are averaged."""
         frames = features.data.shape[1]
         probabilities = np.exp(hypothesis.token_log_probabilities.astype(np.float64))
-        own = split_words(prefix)
         words = []
-        for text, positions in self.model.tokenizer.words(hypothesis.tokens):
+        for text, positions in self._words(hypothesis, prefix):
             given = positions[-1] < hypothesis.given
-            if text == SPECIAL[UNKNOWN] and given and len(own) == hypothesis.given:
-                text = own[positions[0]]
             probability = float(probabilities[positions].prod())
             first = positions[0]
             words.append(
@@ -333,19 +352,28 @@ class Captioner:
             times=features.times[item].cpu().numpy().astype(np.float32),
         )
 
-    def _agrees_with_cpu(self, path: Path) -> bool:
-        """Return whether this device gives the CPU's words on scripted pictures."""
+    def _words(self, hypothesis: Hypothesis, prefix: str) -> list[tuple[str, list[int]]]:
+        """Group tokens into words; the prefix is not grown by what follows, and its unknown words return."""
+        tokenizer, given = self.model.tokenizer, hypothesis.given
+        words = tokenizer.words(hypothesis.tokens[:given])
+        typed = split_words(prefix, lower=False)
+        if len(typed) == len(words):
+            words = [
+                (own if UNKNOWN in (hypothesis.tokens[p] for p in positions) else text, positions)
+                for own, (text, positions) in zip(typed, words, strict=True)
+            ]
+        following = tokenizer.words(hypothesis.tokens[given:])
+        return words + [(text, [given + p for p in positions]) for text, positions in following]
+
+    def _agrees_with(self, reference: Captioner) -> bool:
+        """Return whether this device gives another's words on scripted pictures."""
         grid = np.indices((240, 320)).sum(0)
         pictures = [
             np.stack([(grid * k) % 256 for k in (1, 2, 3)], -1).astype(np.uint8),
             np.stack([255 - grid // 3, grid // 3, grid // 4], -1).astype(np.uint8),
         ]
-        try:
-            here = [c.text for c in self.caption_batch(pictures)]
-        except (RuntimeError, NotImplementedError):  # an operation that the device lacks
-            return False
-        there = Captioner(*checkpoint.load(path, "cpu")).caption_batch(pictures)
-        return here == [c.text for c in there]
+        here, there = self.caption_batch(pictures), reference.caption_batch(pictures)
+        return [c.text for c in here] == [c.text for c in there]
 
 
 def pool(features: GridFeatures) -> np.ndarray:

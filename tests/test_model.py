@@ -155,8 +155,6 @@ def test_freezing_keeps_gradients_from_the_encoder(tiny_model: CaptionModel) -> 
         tiny_model.encoder.freeze(trainable)
         memory = tiny_model.memory(tiny_model.encode(pixels, fits))
         tiny_model(memory, batch()[:1], LENGTHS[:1]).logits.sum().backward()
-        blocks = [
-            any(p.grad is not None for p in block.parameters()) for block in tiny_model.encoder.network
-        ]
+        blocks = [any(p.grad is not None for p in block.parameters()) for block in tiny_model.encoder.network]
         assert blocks == [False] * (len(blocks) - trainable) + [True] * trainable
         assert tiny_model.decoder.project.weight.grad is not None

@@ -56,10 +56,11 @@ def test_sentences_are_split_into_words(text: str, words: list[str]) -> None:
 
 
 def test_splitting_what_was_joined_gives_the_same_words() -> None:
-    for sentence in [*SENTENCES, "isn't it the man's o'clock"]:
+    for sentence in [*SENTENCES, "isn't it the man's"]:
         words = split_words(sentence)
         assert split_words(join_words(words)) == words
         assert split_words(" ".join(words)) == words
+    assert split_words(join_words(["o", "'clock"])) == ["o", "'clock"]
 
 
 def test_the_vocabulary_is_ordered_by_frequency_then_alphabet() -> None:

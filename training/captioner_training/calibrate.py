@@ -34,7 +34,7 @@ _NOTHING = 30
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One captioned picture: the numbers of `FEATURES`, the share of right content words, where it is from."""
+    """One captioned picture: numbers of `FEATURES`, share of right content words, where it is from."""
 
     features: list[float]
     share: float
@@ -65,7 +65,7 @@ def calibrate(config: TrainingConfig, data_folder: Path, model: Path, output: Pa
 
 
 def familiar(captioner: Captioner, sources: Sequence[DataSet]) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return mean ``(D,)``, whitened main directions ``(D, K)`` and residual scale of the training pictures."""
+    """Return mean ``(D,)``, whitened directions ``(D, K)`` and residual scale of the training pictures."""
     chance = random.Random(0)
     everything = [(data, i) for data in sources for i in range(len(data))]
     chosen = chance.sample(everything, min(_FAMILIAR, len(everything)))
@@ -79,7 +79,7 @@ def familiar(captioner: Captioner, sources: Sequence[DataSet]) -> tuple[np.ndarr
     mean = pooled.mean(0)
     centred = pooled - mean
     _, spread, directions = np.linalg.svd(centred, full_matrices=False)
-    count = min(_DIRECTIONS, len(spread) - 1)
+    count = min(_DIRECTIONS, len(spread) // 2)  # of a few pictures something must be left outside
     along = centred @ directions[:count].T
     outside = centred - along @ directions[:count]
     deviations = spread[:count] / np.sqrt(len(pooled))
@@ -161,7 +161,7 @@ def fit_captions(samples: Sequence[Sample]) -> tuple[float, ...]:
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, ...]:
-    """Return intercept and weights that minimise the cross-entropy with targets of 0 to 1, by Newton's method."""
+    """Return intercept and weights of least cross-entropy with targets of 0 to 1, by Newton's method."""
     mean, scale = x.mean(0), x.std(0) + 1e-9
     design = np.column_stack((np.ones(len(x)), (x - mean) / scale))
     weights = np.zeros(design.shape[1])
@@ -186,7 +186,8 @@ def report(samples: Sequence[Sample], pairs: np.ndarray, calibration: Calibratio
     held = Calibration((slope, intercept), calibration.caption, calibration.mean, calibration.basis, 1.0)
     told = np.array([held.word_confidence(float(p)) for p in pairs[half:, 0]])
     lines.append(
-        f"words: expected calibration error {calibration_error(pairs[half:, 0], pairs[half:, 1]):.4f} before, "
+        "words: expected calibration error "
+        f"{calibration_error(pairs[half:, 0], pairs[half:, 1]):.4f} before, "
         f"{calibration_error(told, pairs[half:, 1]):.4f} after, on the half not fitted"
     )
     photos = [s for s in samples if s.source not in nothing.KINDS]
@@ -200,8 +201,8 @@ def report(samples: Sequence[Sample], pairs: np.ndarray, calibration: Calibratio
             confidence[i] = predict(weights, photos[i].features)
     share = np.array([s.share for s in photos])
     lines.append(
-        f"captions of photos, five-fold: mean confidence {confidence.mean():.3f}, mean share of right content "
-        f"words {share.mean():.3f}, error {calibration_error(confidence, share):.4f}, "
+        f"captions of photos, five-fold: mean confidence {confidence.mean():.3f}, mean share of right "
+        f"content words {share.mean():.3f}, error {calibration_error(confidence, share):.4f}, "
         f"correlation {np.corrcoef(confidence, share)[0, 1]:.3f}"
     )
     lines.append(
@@ -213,8 +214,8 @@ def report(samples: Sequence[Sample], pairs: np.ndarray, calibration: Calibratio
         weights = fit_captions([s for s in samples if s.source != kind])
         told = np.array([predict(weights, s.features) for s in samples if s.source == kind])
         lines.append(
-            f"nothing, {kind}: mean confidence {told.mean():.3f}, below the threshold {(told < SURE).mean():.0%} "
-            "(this kind left out of the fit)"
+            f"nothing, {kind}: mean confidence {told.mean():.3f}, "
+            f"below the threshold {(told < SURE).mean():.0%} (this kind left out of the fit)"
         )
     return lines
 

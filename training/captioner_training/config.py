@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from captioner.decoder import DecoderConfig
+from captioner.encoder import ENCODERS
 
 
 class ConfigError(ValueError):
@@ -45,6 +47,13 @@ class EncoderConfig(_Strict):
     name: str
     size: Annotated[int, Field(ge=32)] | None = None
     fit: Literal["squash", "crop", "letterbox"] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ENCODERS:
+            raise ValueError(f"unknown encoder {name!r}; there are {', '.join(ENCODERS)}")
+        return name
 
 
 class TokenizerConfig(_Strict):
@@ -89,7 +98,7 @@ class StageConfig(_Strict):
     """One stage of training: which sources, how long, how fast."""
 
     name: str
-    sources: dict[str, Positive]
+    sources: Annotated[dict[str, Positive], Field(min_length=1)]
     """Source name -> how often each of its pictures comes in an epoch."""
     epochs: Positive
     learning_rate: Annotated[float, Field(gt=0)]
@@ -107,12 +116,6 @@ class StageConfig(_Strict):
     trainable_blocks: Annotated[int, Field(ge=0)] = 0
     """How many of the encoder's last blocks are fine-tuned; the cache holds what comes before them."""
     encoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-
-    @model_validator(mode="after")
-    def _possible(self) -> StageConfig:
-        if not self.sources:
-            raise ValueError("sources must name at least one data set")
-        return self
 
 
 class SearchConfig(_Strict):
@@ -163,6 +166,25 @@ class TrainingConfig(_Strict):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: ``1e-3`` is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                )
+            seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
 def load_config(path: str | Path) -> TrainingConfig:
     """Read and check a config.
 
@@ -171,7 +193,7 @@ def load_config(path: str | Path) -> TrainingConfig:
     """
     path = Path(path)
     try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -185,5 +207,6 @@ def load_config(path: str | Path) -> TrainingConfig:
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
             message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+            message = message.removeprefix("Value error, ")
             problems.append(f"{key}: {message}")
         raise ConfigError(f"{path}: {'; '.join(problems)}") from None

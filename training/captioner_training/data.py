@@ -105,7 +105,7 @@ def load_data_set(name: str, config: SourceConfig, root: Path) -> DataSet:
     annotations = root / config.annotations
     references, images = load_references(annotations)
     store = PictureStore([root / path for path in config.images])
-    images = sorted(images, key=lambda image: image["id"])
+    images = sorted(images, key=lambda image: (isinstance(image["id"], str), image["id"]))
     if config.skip_highest:
         images = images[: -config.skip_highest]
     if config.only_highest:
@@ -116,7 +116,7 @@ def load_data_set(name: str, config: SourceConfig, root: Path) -> DataSet:
         captions = tuple(c for c in references.get(image["id"], []) if c.strip())
         if not captions:
             continue
-        if "file_name" not in image:
+        if not isinstance(image.get("file_name"), str):
             raise DataError(f"{annotations}: image {image['id']} has no file_name")
         if image["file_name"] not in store:
             raise DataError(f"{annotations}: {image['file_name']} is not among {', '.join(config.images)}")

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ class FeatureCache:
             done = state["done"]
             self.fits = [Fit(f[0], f[1], f[2], tuple(f[3])) for f in state["fits"]]
         file = self._stem.with_suffix(".f16")
-        mode = "r+" if done and file.exists() else "w+"
+        mode: Literal["r+", "w+"] = "r+" if done and file.exists() else "w+"
         if mode == "w+":
             done, self.fits = 0, []
         array = np.memmap(str(file), np.float16, mode, shape=self.shape)

@@ -25,7 +25,7 @@ from captioner.encoder import ENCODERS, Encoder, cells
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
 from captioner.tokenizer import END, PAD, START, BpeTokenizer, Tokenizer, WordTokenizer
-from captioner_training.config import StageConfig, TrainingConfig
+from captioner_training.config import ConfigError, StageConfig, TrainingConfig
 from captioner_training.data import DataSet, chunks, load_data_set
 from captioner_training.evaluate import generate
 from captioner_training.features import FeatureCache
@@ -114,7 +114,13 @@ def run(
     if state_path.exists():
         resumed = torch.load(state_path, weights_only=True, map_location=device)
         progress = dict(resumed["progress"])
-        model.load_state_dict(resumed["model"])
+        try:
+            model.load_state_dict(resumed["model"])
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{state_path} is of another config ({str(error).splitlines()[-1].strip()}): "
+                "choose another --output, or delete it to start anew"
+            ) from None
 
     for stage_index, stage in enumerate(config.stages):
         if stage_index < progress["stage"]:
@@ -231,6 +237,13 @@ class Experiment:
         self.tokenizer = build_tokenizer(config, self.sources)
         torch.manual_seed(config.seed)
         self.model = CaptionModel(build_encoder(config), config.decoder.build(), self.tokenizer)
+        blocks = len(self.model.encoder.network)
+        for index, stage in enumerate(config.stages):
+            if stage.trainable_blocks >= blocks:
+                raise ConfigError(
+                    f"stages.{index}.trainable_blocks is {stage.trainable_blocks}: {config.encoder.name} has "
+                    f"{blocks} blocks, and the first stays frozen"
+                )
         self.targets = {
             name: [[[*self.tokenizer.encode(c), END][:LONGEST] for c in p.captions] for p in data.pictures]
             for name, data in self.sources.items()
@@ -238,10 +251,14 @@ class Experiment:
         self.scorers: dict[str, Scorer] = {}
 
     def prepare(self) -> None:
-        """Compute the features of whole pictures with all cores, before processes share the work."""
+        """Compute features with all cores, before processes share the work.
+
+        What the first fine-tuned stage needs can be computed too: it has not changed its frozen blocks.
+        """
         for stage in self.config.stages:
-            if not stage.trainable_blocks:
-                self.caches(stage, Workers())
+            self.caches(stage, Workers())
+            if stage.trainable_blocks:
+                break
         self.validation_caches()
 
     def caches(self, stage: StageConfig, workers: Workers) -> dict[str, FeatureCache]:
@@ -287,11 +304,13 @@ def build_encoder(config: TrainingConfig) -> Encoder:
     encoder = Encoder(config.encoder.name, pretrained=True)
     preprocess = encoder.preprocess
     if config.encoder.size is not None or config.encoder.fit is not None:
+        size = config.encoder.size or preprocess.size
+        resize = preprocess.resize if config.encoder.fit in (None, "crop") else None
         preprocess = replace(
             preprocess,
-            size=config.encoder.size or preprocess.size,
+            size=size,
             fit=config.encoder.fit or preprocess.fit,
-            resize=preprocess.resize if config.encoder.fit in (None, "crop") else None,
+            resize=None if resize is None else round(resize * size / preprocess.size),
         )
         network = encoder.network
         encoder = Encoder(config.encoder.name, preprocess=preprocess)

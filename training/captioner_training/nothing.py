@@ -21,7 +21,7 @@ def _gradient(chance: np.random.Generator) -> Image.Image:
     width, height = _size(chance)
     start, end = chance.uniform(0, 255, (2, 3))
     angle = chance.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]  # type: ignore[misc]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     along = np.cos(angle) * x + np.sin(angle) * y
     along = (along - along.min()) / np.ptp(along)
     return Image.fromarray((start + along[..., None] * (end - start)).astype(np.uint8))

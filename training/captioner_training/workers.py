@@ -7,6 +7,7 @@ recurrent decoder are too small to be split further.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,41 @@ class Workers:
 
 
 def run_together(work: Callable[..., None], count: int, *arguments: Any) -> None:
-    """Call ``work(workers, *arguments)`` in ``count`` processes, one thread each, until all are done."""
+    """Call ``work(workers, *arguments)`` in ``count`` processes, one thread each, until all are done.
+
+    Raises:
+        ValueError: with the message of the ValueError that one of them raised (a user's mistake).
+        KeyboardInterrupt: if the user stopped them.
+    """
     if count == 1:
         work(Workers(), *arguments)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = (Path(folder) / "meeting").as_uri()
-        spawn(_enter, (work, count, meeting, arguments), nprocs=count)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            spawn(_enter, (work, count, folder, arguments), nprocs=count)
+        except (ProcessRaisedException, ProcessExitedException):
+            if (folder / "mistake").exists():
+                raise ValueError((folder / "mistake").read_text(encoding="utf-8")) from None
+            if (folder / "interrupted").exists():
+                raise KeyboardInterrupt from None
+            raise
 
 
 def _enter(
-    rank: int, work: Callable[..., None], count: int, meeting: str, arguments: tuple[Any, ...]
+    rank: int, work: Callable[..., None], count: int, folder: Path, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are all on this machine
+    meeting = (folder / "meeting").as_uri()
     # validation and cache building happen in one process while the others wait
     dist.init_process_group("gloo", meeting, rank=rank, world_size=count, timeout=timedelta(hours=24))
     try:
         work(Workers(rank, count), *arguments)
-    finally:
-        dist.destroy_process_group()
+    except ValueError as error:
+        (folder / "mistake").write_text(str(error), encoding="utf-8")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        (folder / "interrupted").touch()
+        sys.exit(1)
+    dist.destroy_process_group()

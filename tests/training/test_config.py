@@ -1,0 +1,245 @@
+"""Configs: strict, and every shipped one loads; the documentation names every key with its default."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from captioner_training import config as configs
+from captioner_training.config import ConfigError, TrainingConfig, load_config
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from shape_data import plain_config, stage
+
+from captioner.decoder import Decoder, DecoderConfig
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def written(folder: Path, config: Any) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return path
+
+
+def changed(key: str, value: object) -> dict[str, Any]:
+    """Return the plain config with one value, at a dotted key, replaced or added."""
+    config = plain_config()
+    *parents, last = key.split(".")
+    place: Any = config
+    for parent in parents:
+        place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+    place[last] = value
+    return config
+
+
+def mistake(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+def test_every_shipped_config_is_found():
+    assert {path.name for path in SHIPPED} >= {"builtin.yaml", "small.yaml"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_config_loads_and_its_decoder_builds(path):
+    config = load_config(path)
+    decoder = config.decoder.build()
+    assert isinstance(decoder, DecoderConfig)
+    assert decoder.to_dict() == config.decoder.model_dump()
+    Decoder(decoder, 1280, 50)
+
+
+def test_what_is_left_out_has_the_library_s_defaults(tmp_path):
+    plain = plain_config()
+    del plain["decoder"], plain["loss"], plain["search"], plain["tokenizer"]
+    config = load_config(written(tmp_path, plain))
+    assert config.decoder.build() == DecoderConfig()
+    assert config.search.beam == 3
+    assert config.stages[0].clip == 5.0
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sede",
+        "data.souces",
+        "data.sources.shapes.image",
+        "data.validation.shapes_val.skip",
+        "encoder.sise",
+        "tokenizer.mincount",
+        "decoder.hiden",
+        "loss.smoothing",
+        "stages.0.epoch",
+        "search.beams",
+    ],
+)
+def test_an_unknown_key_is_named(tmp_path, key):
+    assert mistake(written(tmp_path, changed(key, 1))) == f"{key}: unknown key"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", 5),
+        ("seed", "one"),
+        ("seed", 1.5),
+        ("flips", 1),
+        ("flips", "yes"),
+        ("save_minutes", 0),
+        ("data.sources", ["shapes"]),
+        ("data.sources.shapes.images", "pictures"),
+        ("data.sources.shapes.images", []),
+        ("data.sources.shapes.skip_highest", -1),
+        ("encoder.name", "efficientnet_lite9"),
+        ("encoder.size", 16),
+        ("encoder.size", 64.0),
+        ("encoder.fit", "stretch"),
+        ("tokenizer.kind", "characters"),
+        ("tokenizer.min_count", 0),
+        ("decoder.cell", "LSTM"),
+        ("decoder.attention", "soft"),
+        ("decoder.hidden", "512"),
+        ("decoder.hidden", 0),
+        ("decoder.gate", "true"),
+        ("decoder.dropout", 1.0),
+        ("loss.label_smoothing", 1.0),
+        ("loss.reduction", "mean"),
+        ("loss.doubly_stochastic", -0.1),
+        ("stages", []),
+        ("stages.0.sources", {}),
+        ("stages.0.sources.shapes", 0),
+        ("stages.0.epochs", True),
+        ("stages.0.epochs", 1.0),
+        ("stages.0.learning_rate", "fast"),
+        ("stages.0.learning_rate", 0),
+        ("stages.0.warmup", 1.1),
+        ("stages.0.average", 1.0),
+        ("stages.0.clip", 0),
+        ("search.beam", 0),
+        ("search.length_penalty", None),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path, key, value):
+    assert re.match(rf"{re.escape(key)}: \S", mistake(written(tmp_path, changed(key, value))))
+
+
+def test_a_missing_key_is_named(tmp_path):
+    plain = plain_config()
+    del plain["stages"][0]["epochs"]
+    assert mistake(written(tmp_path, plain)) == "stages.0.epochs: Field required"
+
+
+def test_several_mistakes_are_told_at_once(tmp_path):
+    plain = changed("decoder.hiden", 5)
+    plain["stages"][0]["epochs"] = 0
+    message = mistake(written(tmp_path, plain))
+    assert "decoder.hiden: unknown key" in message
+    assert "stages.0.epochs: " in message
+
+
+def test_a_stage_must_name_sources_that_exist(tmp_path):
+    plain = plain_config([stage(), stage(name="second", sources={"shapes": 1, "photos": 2})])
+    message = mistake(written(tmp_path, plain))
+    assert "stages.1.sources" in message
+    assert "'photos'" in message
+
+
+def test_there_must_be_something_to_validate_on(tmp_path):
+    plain = plain_config()
+    plain["data"]["validation"] = {}
+    assert "data.validation" in mistake(written(tmp_path, plain))
+
+
+def test_numbers_may_be_written_with_an_exponent(tmp_path):
+    """YAML 1.1 takes 1e-3 for text."""
+    text = yaml.safe_dump(changed("stages.0.learning_rate", 123.0))
+    for number, value in (("1e-3", 1e-3), ("2.5e-4", 2.5e-4), ("1E2", 100.0), (".5e+1", 5.0)):
+        path = written(tmp_path, text.replace("123.0", number))
+        assert load_config(path).stages[0].learning_rate == value
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path):
+    message = mistake(written(tmp_path, yaml.safe_dump(plain_config()) + "\nseed: 5\n"))
+    assert "'seed'" in message
+    assert "twice" in message
+
+
+def test_anchors_and_merges_work(tmp_path):
+    text = yaml.safe_dump(plain_config([stage()]))
+    text = text.replace("stages:\n- ", "stages:\n- &first\n  ") + "- <<: *first\n  name: second\n"
+    text = re.sub(r"(stages:\n(?:.*\n)*?)((?:\w+:.*\n(?: .*\n)*)*)(- <<: .*\n.*\n)", r"\1\3\2", text)
+    config = load_config(written(tmp_path, text))
+    assert [s.name for s in config.stages] == ["first", "second"]
+    assert config.stages[0].learning_rate == config.stages[1].learning_rate
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n- b", "just words", "", "a: \x00"])
+def test_what_is_no_config_is_one_line(tmp_path, text):
+    assert mistake(written(tmp_path, text))
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    assert "No such file" in mistake(tmp_path / "mine.yaml")
+
+
+def test_a_folder_is_one_line(tmp_path):
+    (tmp_path / "mine.yaml").mkdir()
+    assert mistake(tmp_path / "mine.yaml")
+
+
+def test_a_file_that_is_not_text_is_one_line(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    assert mistake(tmp_path / "mine.yaml")
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    return {
+        "": TrainingConfig,
+        "data.": configs.DataConfig,
+        "data.sources.NAME.": configs.SourceConfig,
+        "encoder.": configs.EncoderConfig,
+        "tokenizer.": configs.TokenizerConfig,
+        "decoder.": configs.DecoderSection,
+        "loss.": configs.LossConfig,
+        "stages[].": configs.StageConfig,
+        "search.": configs.SearchConfig,
+    }
+
+
+def test_no_section_is_forgotten_here():
+    strict = {
+        value
+        for value in vars(configs).values()
+        if isinstance(value, type) and issubclass(value, BaseModel) and value.model_config.get("strict")
+    }
+    assert strict - {configs._Strict} == set(sections().values())
+
+
+def test_the_documentation_names_every_key_with_its_default():
+    text = (ROOT / "docs" / "training.md").read_text()
+    rows = dict(re.findall(r"^\| `([^`]+)` \| ([^|]+?) \|", text, re.MULTILINE))
+    expected = {}
+    for prefix, section in sections().items():
+        for name, field in section.model_fields.items():
+            if isinstance(field.default, BaseModel):
+                continue  # a section of its own
+            if field.default is PydanticUndefined:
+                expected[prefix + name] = "required"
+            else:
+                expected[prefix + name] = field.default
+    for name in ("data", "encoder"):  # sections too, whose keys have rows
+        del expected[name]
+    assert rows.keys() == expected.keys()
+    for key, default in expected.items():
+        if default == "required":
+            assert rows[key] == "required", key
+        else:
+            assert yaml.load(rows[key].strip("`"), configs._Loader) == default, key

@@ -1,0 +1,407 @@
+"""Training: it learns, resumes to the bit, leaves alone what is frozen, and keeps the best checkpoint."""
+
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from captioner_training import loop
+from captioner_training.config import ConfigError
+from captioner_training.data import DataError, load_data_set
+from captioner_training.loop import Average, Experiment, build_encoder, make_batch, schedule, train
+from captioner_training.metrics import Scores
+from captioner_training.workers import Workers
+from shape_data import COMBINATIONS, QuickScorer, captions, make_config, stage, write_shapes
+
+from captioner import Captioner
+from captioner.checkpoint import read_header
+from captioner.encoder import Encoder
+from captioner.tokenizer import END, PAD, START
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """One for all tests: they train on the same pictures with the same encoder."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(loop, "Scorer", QuickScorer)
+
+
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def state_of(output: Path) -> dict:
+    return torch.load(output / "state.pt", weights_only=True)
+
+
+def same(a: object, b: object) -> bool:
+    """Compare nested states bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# --------------------------------------------------------------------------------------------------
+# learning
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, data, cache) -> Path:
+    """Train until the shapes are known by heart."""
+    output = tmp_path_factory.mktemp("learned")
+    stages = [
+        stage(sources={"shapes": 16}, epochs=4, learning_rate=4e-3),
+        stage(name="second", sources={"shapes": 4}, learning_rate=1e-3, trainable_blocks=2),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Scorer", QuickScorer)
+        best = train(make_config(stages), data, output, cache_folder=cache, processes=1)
+    assert best == output / "model.safetensors"
+    return output
+
+
+def test_the_loss_falls(learned):
+    losses = [line["loss"] for line in log_of(learned)]
+    assert len(losses) == 5
+    assert losses[0] > losses[1] > losses[3]
+    assert losses[4] < 0.5 * losses[0]
+
+
+def test_what_was_learned_by_heart_is_said(learned, data):
+    captioner = Captioner.load(learned / "model.safetensors", device="cpu")
+    source = make_config().data.sources["shapes"]
+    pictures = load_data_set("shapes", source, data)
+    found = captioner.caption_batch([pictures.store.read(p.file) for p in pictures.pictures])
+    right = [c.text in captions(*shape) for c, shape in zip(found, COMBINATIONS, strict=True)]
+    assert sum(right) >= 22, [c.text for c in found]
+    assert all(c.finished for c in found)
+    assert max(line["best"] for line in log_of(learned)) >= 22 / 24
+
+
+def test_the_checkpoint_tells_where_it_comes_from(learned):
+    header = read_header(learned / "model.safetensors")
+    assert header.name == "shapes"
+    assert header.encoder == "efficientnet_lite0"
+    assert header.preprocess.size == 64
+    assert header.search["beam"] == 1
+    summary = header.summary
+    assert summary["data"] == {"shapes": {"pictures": 24, "captions": 48, "note": ""}}
+    assert summary["scores"].keys() == {"shapes_val"}
+    assert summary["config"] == "shapes"
+    assert "Apache-2.0" in summary["encoder_weights"]
+
+
+def test_the_log_has_a_line_for_each_epoch(learned):
+    lines = log_of(learned)
+    assert [(line["stage"], line["epoch"]) for line in lines] == [
+        *(("first", n) for n in (1, 2, 3, 4)),
+        ("second", 1),
+    ]
+    assert all(line["validation"]["shapes_val"].keys() == {"CIDEr"} for line in lines)
+
+
+def test_a_finished_run_does_nothing_more(learned, data, cache, quick):
+    before = {path: path.read_bytes() for path in learned.iterdir() if path.is_file()}
+    config = make_config(
+        [
+            stage(sources={"shapes": 16}, epochs=4, learning_rate=4e-3),
+            stage(name="second", sources={"shapes": 4}, learning_rate=1e-3, trainable_blocks=2),
+        ]
+    )
+    train(config, data, learned, cache_folder=cache, processes=1)
+    assert {path: path.read_bytes() for path in learned.iterdir() if path.is_file()} == before
+
+
+# --------------------------------------------------------------------------------------------------
+# what fine-tuning may touch
+
+
+def test_fine_tuning_changes_the_chosen_blocks_and_no_statistics(learned):
+    pretrained = Encoder("efficientnet_lite0", pretrained=True).state_dict()
+    trained = {
+        k.removeprefix("encoder."): v for k, v in state_of(learned)["model"].items() if "encoder." in k
+    }
+    assert trained.keys() == pretrained.keys()
+    blocks = len(Encoder("efficientnet_lite0").network)
+    for name, tensor in trained.items():
+        block = int(name.split(".")[1])
+        is_statistic = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        if block < blocks - 2 or is_statistic:
+            assert torch.equal(tensor, pretrained[name]), name
+        else:
+            assert not torch.equal(tensor, pretrained[name]), name
+
+
+def test_a_frozen_encoder_stays_as_it_was(tmp_path, data, cache, quick):
+    train(make_config(), data, tmp_path, cache_folder=cache, processes=1)
+    pretrained = Encoder("efficientnet_lite0", pretrained=True).state_dict()
+    trained = state_of(tmp_path)["model"]
+    assert all(torch.equal(trained[f"encoder.{name}"], tensor) for name, tensor in pretrained.items())
+
+
+@pytest.mark.parametrize("blocks", [18, 100])
+def test_the_first_block_cannot_be_trained(tmp_path, data, blocks):
+    config = make_config([stage(trainable_blocks=blocks)])
+    with pytest.raises(ConfigError, match=rf"^stages\.0\.trainable_blocks is {blocks}: .* has 18 blocks"):
+        train(config, data, tmp_path, processes=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# the best checkpoint
+
+
+def test_the_best_checkpoint_is_chosen_by_generated_captions(tmp_path, data, cache, monkeypatch):
+    """Not by the loss, which falls to the end."""
+    told, seen = iter([0.2, 0.9, 0.4, 0.9]), []
+
+    class Scripted(QuickScorer):
+        def score(self, generated, **options):
+            assert "CIDEr" in options["metrics"]
+            seen.append(dict(generated))
+            return Scores({"CIDEr": next(told)}, {}, len(generated), len(generated))
+
+    monkeypatch.setattr(loop, "Scorer", Scripted)
+    config = make_config([stage(sources={"shapes": 8}, epochs=4)])
+    train(config, data, tmp_path, cache_folder=cache, processes=1)
+    lines = log_of(tmp_path)
+    assert [line["best"] for line in lines] == [0.2, 0.9, 0.9, 0.9]
+    assert lines[3]["loss"] < lines[1]["loss"]
+    summary = read_header(tmp_path / "model.safetensors").summary
+    assert summary["epoch"] == 2
+    assert summary["scores"] == {"shapes_val": {"CIDEr": 0.9}}
+    # what was scored is what the checkpoint says, of every validation picture
+    captioner = Captioner.load(tmp_path / "model.safetensors", device="cpu")
+    pictures = load_data_set("shapes", config.data.validation["shapes_val"], data)
+    found = captioner.caption_batch([pictures.store.read(p.file) for p in pictures.pictures])
+    assert {p.id: c.text for p, c in zip(pictures.pictures, found, strict=True)} == seen[1]
+    assert seen[1] != seen[3]
+
+
+def test_several_validation_sets_count_alike(tmp_path, data, cache, monkeypatch):
+    class ByName(QuickScorer):
+        def score(self, generated, **options):
+            value = 0.25 if len(generated) == 4 else 0.75
+            return Scores({"CIDEr": value}, {}, len(generated), len(generated))
+
+    monkeypatch.setattr(loop, "Scorer", ByName)
+    few = {"annotations": "shapes.json", "images": ["pictures"], "only_highest": 4}
+    many = {"annotations": "shapes.json", "images": ["pictures"], "skip_highest": 4}
+    config = make_config(data={"sources": {"shapes": many}, "validation": {"few": few, "many": many}})
+    train(config, data, tmp_path, cache_folder=cache, processes=1)
+    assert log_of(tmp_path)[0]["best"] == 0.5
+
+
+# --------------------------------------------------------------------------------------------------
+# resuming
+
+RESUMABLE = {
+    "stages": [
+        stage(sources={"shapes": 2}, epochs=2, batch_pictures=1),
+        stage(name="second", sources={"shapes": 2}, batch_pictures=1, trainable_blocks=1),
+    ],
+    "save_minutes": 1e-6,
+}
+
+
+def train_quickly(data: Path, output: Path, cache: Path) -> None:
+    """Train in a process of its own, to be killed."""
+    torch.set_num_threads(1)
+    loop.Scorer = QuickScorer
+    train(make_config(**RESUMABLE), data, output, cache_folder=cache, processes=1)
+
+
+def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path, data, cache):
+    """Bit for bit: weights, averages, optimiser, random numbers and the checkpoint."""
+    context = multiprocessing.get_context("forkserver")  # a fresh process, with torch imported already
+    context.set_forkserver_preload(["captioner_training.loop", "captioner_training.metrics"])
+
+    def start(output: Path):
+        process = context.Process(target=train_quickly, args=(data, output, cache))
+        process.start()
+        return process
+
+    whole = start(tmp_path / "whole")
+    whole.join()
+    assert whole.exitcode == 0
+
+    chance, places, killed = random.Random(5), set(), 0
+    output = tmp_path / "parts"
+    wait_for = output / "state.pt"
+    while True:
+        process = start(output)
+        known = wait_for.stat().st_mtime_ns if wait_for.exists() else 0
+        moved = False  # let it save once at least, or it would never end
+        while process.is_alive() and not moved:
+            time.sleep(0.002)
+            moved = wait_for.exists() and wait_for.stat().st_mtime_ns != known
+        if killed < 5:
+            time.sleep(chance.uniform(0, 0.4))
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -9
+        killed += 1
+        state = torch.load(wait_for, weights_only=True)  # whole, whenever it was killed
+        progress = state["progress"]
+        places.add((progress["stage"], progress["epoch"], progress["step"]))
+    assert killed >= 3
+    assert len(places) >= 3
+    assert any(step for _, _, step in places)  # in the midst of an epoch
+    assert same(state_of(output), state_of(tmp_path / "whole"))
+    best = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("parts", "whole")]
+    assert best[0] == best[1]
+    assert not list(output.glob(".*"))[killed:]  # no more than a half-written file for each kill
+    stages = [(line["stage"], line["epoch"]) for line in log_of(output)]
+    assert list(dict.fromkeys(stages)) == [("first", 1), ("first", 2), ("second", 1)]
+
+
+def test_a_state_of_another_config_is_a_mistake_in_one_line(tmp_path, data, cache, quick):
+    train(make_config(), data, tmp_path, cache_folder=cache, processes=1)
+    other = make_config(decoder={"hidden": 32, "embedding": 24, "cells": 32, "attention_width": 16})
+    with pytest.raises(ConfigError, match=r"state\.pt is of another config .*--output") as caught:
+        train(other, data, tmp_path, cache_folder=cache, processes=1)
+    assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# the parts
+
+
+@pytest.fixture(scope="module")
+def experiment(data, cache) -> Experiment:
+    return Experiment(make_config(), data, cache)
+
+
+def batch_of(experiment, rows, workers=None, epoch="0 0 0", **changes):
+    settings = make_config([stage(**changes)]).stages[0]
+    workers = workers or Workers()
+    caches = experiment.caches(settings, Workers())
+    pictures = [("shapes", i) for i in range(24)]
+    return make_batch(experiment, caches, settings, workers, epoch, pictures, rows)
+
+
+def test_a_batch_holds_what_was_asked_for(experiment):
+    batch = batch_of(experiment, [3, 5, 9])
+    assert batch.lengths.tolist() == sorted(batch.lengths.tolist(), reverse=True)
+    assert sorted(batch.picture.tolist()) == [0, 0, 1, 1, 2, 2]
+    assert batch.all_captions == 6
+    assert batch.all_tokens == int(batch.lengths.sum())
+    known = {tuple(t) for row in (3, 5, 9) for t in experiment.targets["shapes"][row]}
+    found = set()
+    for tokens, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True):
+        assert tokens[0] == START
+        assert tokens[length] == END
+        assert set(tokens[length + 1 :]) <= {PAD}
+        found.add(tuple(tokens[1 : length + 1]))
+    assert found == known
+
+
+def test_a_batch_is_the_same_every_time_and_another_in_another_epoch(experiment):
+    first, second = batch_of(experiment, [3, 5, 9, 11]), batch_of(experiment, [3, 5, 9, 11])
+    assert torch.equal(first.features, second.features)
+    assert torch.equal(first.tokens, second.tokens)
+    others = [batch_of(experiment, [3, 5, 9, 11], epoch=f"0 0 {n}") for n in range(1, 6)]
+    assert any(not torch.equal(first.features.sort(0)[0], b.features.sort(0)[0]) for b in others)  # mirrored
+
+
+def test_fewer_captions_of_a_picture_can_be_taken(experiment):
+    batch = batch_of(experiment, [3, 5, 9], captions_per_picture=1)
+    assert sorted(batch.picture.tolist()) == [0, 1, 2]
+    assert batch.all_captions == 3
+
+
+def test_the_shares_of_the_processes_make_up_the_batch(experiment):
+    rows = [0, 4, 7, 12, 20]
+    whole = batch_of(experiment, rows)
+    shares = [batch_of(experiment, rows, Workers(rank, 3)) for rank in range(3)]
+    assert {(s.all_tokens, s.all_captions) for s in shares} == {(whole.all_tokens, whole.all_captions)}
+
+    def content(batch):
+        return sorted(
+            (tokens[: length + 1], batch.features[picture].sum().item())
+            for tokens, length, picture in zip(
+                batch.tokens.tolist(), batch.lengths.tolist(), batch.picture.tolist(), strict=True
+            )
+        )
+
+    assert sorted(c for s in shares for c in content(s)) == content(whole)
+
+
+def test_the_vocabulary_comes_from_the_training_sources_alone(data, cache):
+    shapes = {"annotations": "shapes.json", "images": ["pictures"]}
+    config = make_config(
+        data={
+            "sources": {
+                "shapes": {**shapes, "skip_highest": 18},
+                "unused": shapes,
+            },
+            "validation": {"rest": {**shapes, "only_highest": 18}},
+        }
+    )
+    experiment = Experiment(config, data, cache)
+    assert set(experiment.sources) == {"shapes"}
+    assert "red" in experiment.tokenizer.index
+    assert "blue" not in experiment.tokenizer.index
+
+
+def test_missing_data_is_told_before_anything_is_computed(tmp_path):
+    with pytest.raises((DataError, ValueError), match=r"shapes\.json"):
+        train(make_config(), tmp_path, tmp_path / "output", processes=1)
+
+
+def test_the_encoder_is_prepared_as_the_config_says():
+    assert build_encoder(make_config()).preprocess.fit == "squash"
+    cropped = build_encoder(make_config(encoder={"name": "efficientnet_lite0", "size": 96, "fit": "crop"}))
+    assert (cropped.preprocess.size, cropped.preprocess.fit) == (96, "crop")
+    assert cropped.grid == (3, 3)
+    pretrained = Encoder("efficientnet_lite0", pretrained=True)
+    assert same(cropped.network.state_dict(), pretrained.network.state_dict())
+    assert build_encoder(make_config(encoder={"name": "efficientnet_lite0"})).preprocess == pretrained.preprocess
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    settings = make_config([stage(warmup=0.1, final=0.05)]).stages[0]
+    rates = [schedule(settings, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([(n + 1) / 11 for n in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[55] == pytest.approx(0.525)
+    assert rates[99] == pytest.approx(0.05, abs=0.001)
+
+
+def test_the_average_follows_the_weights(experiment):
+    model = experiment.model
+    with torch.random.fork_rng():
+        average = Average(model, decay=0.5)
+        kept = [p.detach().clone() for p in average.parameters]
+        with torch.no_grad():
+            for p in average.parameters:
+                p.add_(1.0)
+        average.update()
+        decay = 2 / 11  # grows towards 0.5
+        for value, before in zip(average.values, kept, strict=True):
+            torch.testing.assert_close(value, before + (1 - decay))
+        with average.applied():
+            assert all(torch.equal(p, v) for p, v in zip(average.parameters, average.values, strict=True))
+        for p, before in zip(average.parameters, kept, strict=True):
+            torch.testing.assert_close(p.detach(), before + 1.0)
+        with torch.no_grad():
+            for p, before in zip(average.parameters, kept, strict=True):
+                p.copy_(before)
