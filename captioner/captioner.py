@@ -85,7 +85,7 @@ class Captioner:
             ValueError: for a device that is not there, or an unknown precision.
         """
         path = Path(path) if path is not None else BUILT_IN
-        chosen = _choose_device(device)
+        chosen = choose_device(device)
         if device != "auto" or chosen.type != "mps":
             return cls(*checkpoint.load(path, chosen), precision=precision)
         reference = cls(*checkpoint.load(path, "cpu"), precision=precision)
@@ -382,7 +382,12 @@ def pool(features: GridFeatures) -> np.ndarray:
     return torch.einsum("bfr,bfrd->bd", weights, features.data).cpu().numpy()
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """Return the device of that name; ``auto`` is the best there is.
+
+    Raises:
+        ValueError: if it is unknown or not there.
+    """
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

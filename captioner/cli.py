@@ -134,7 +134,7 @@ def _print(text: str, end: str = "\n") -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _fail(f"standard output: {error.strerror or error}")
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _dumps(record: object, indent: int | None = None) -> str:
@@ -483,7 +483,7 @@ class _Writer:
         """Finish the output, whatever has happened to the rest."""
         try:
             self.close()
-        except (typer.Exit, OSError):
+        except OSError:
             if kind is None:
                 raise
 

@@ -11,7 +11,11 @@ from typing import Any
 
 from captioner_training.config import TrainingConfig
 from captioner_training.metrics import Scores
+from conftest import make_tiny_model
 from PIL import Image, ImageDraw
+
+from captioner.encoder import Encoder
+from captioner.model import CaptionModel
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 220), "yellow": (240, 220, 30)}
 GROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
@@ -101,6 +105,13 @@ def plain_config(stages: Sequence[dict[str, Any]] | None = None, **changes: Any)
 
 def make_config(stages: Sequence[dict[str, Any]] | None = None, **changes: Any) -> TrainingConfig:
     return TrainingConfig.model_validate(plain_config(stages, **changes))
+
+
+def make_seeing_model() -> CaptionModel:
+    """Return a pretrained encoder with a random decoder: what it says depends on what it sees."""
+    model = make_tiny_model()
+    model.encoder.network.load_state_dict(Encoder("efficientnet_lite0", pretrained=True).network.state_dict())
+    return model
 
 
 class QuickScorer:

@@ -224,7 +224,7 @@ def test_no_section_is_forgotten_here():
 
 
 def test_the_documentation_names_every_key_with_its_default():
-    text = (ROOT / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([^`]+)` \| ([^|]+?) \|", text, re.MULTILINE))
     expected = {}
     for prefix, section in sections().items():

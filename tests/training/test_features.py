@@ -89,20 +89,20 @@ def test_an_interrupted_build_goes_on_and_gives_the_same(tmp_path, data, encoder
     whole = FeatureCache(tmp_path / "whole", data, encoder, flips=True).build()
     monkeypatch.setattr(features, "_BATCH", 2)
     monkeypatch.setattr(features, "_SAVE_EVERY", 3)
-    read = []
+    read, limits = [], [8, 4, 10]
 
     def counting(data, indices, encoder):
-        if len(read) == limit:
+        if limits and len(read) == limits[0]:
             raise KeyboardInterrupt
         read.extend(indices)
         return load_pixels(data, indices, encoder)
 
     monkeypatch.setattr(features, "load_pixels", counting)
-    for limit in (8, 4, 10):
+    while limits:
         read.clear()
         with pytest.raises(KeyboardInterrupt):
             FeatureCache(tmp_path / "parts", data, encoder, flips=True).build()
-    limit = None
+        limits.pop(0)
     read.clear()
     parts = FeatureCache(tmp_path / "parts", data, encoder, flips=True).build()
     assert 0 < len(read) < 24  # some had been kept

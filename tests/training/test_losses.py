@@ -32,9 +32,7 @@ def loss_of(logits, attention, targets, lengths, rows=slice(None), **config):
     lengths = lengths[rows]
     steps = int(lengths[0])
     inside = valid(lengths, steps)
-    output = TeacherForced(
-        logits[rows, :steps][inside], attention[rows, :steps] * inside[..., None], None
-    )
+    output = TeacherForced(logits[rows, :steps][inside], attention[rows, :steps] * inside[..., None], None)
     settings = LossConfig(**config)
     return caption_loss(
         output, targets[rows, :steps] * inside, lengths, settings, tokens=total, captions=captions

@@ -78,9 +78,11 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     one, two = states
     assert len(one["random"]) == 1
     assert len(two["random"]) == 2
-    # Adam makes whole steps of gradients that are next to nothing, whatever their sign: a few weights may differ
-    for found, expected in ((two["model"].values(), one["model"].values()),
-                            (two["average"]["values"], one["average"]["values"])):
+    # Adam makes whole steps of gradients that are next to nothing: a few weights may differ
+    for found, expected in (
+        (two["model"].values(), one["model"].values()),
+        (two["average"]["values"], one["average"]["values"]),
+    ):
         gap = torch.cat([(a - b).abs().flatten() for a, b in zip(found, expected, strict=True)])
         assert float((gap > 1e-5).float().mean()) < 1e-4
         assert float(gap.max()) < 1e-3

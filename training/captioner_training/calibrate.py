@@ -165,7 +165,8 @@ def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, ...]:
     mean, scale = x.mean(0), x.std(0) + 1e-9
     design = np.column_stack((np.ones(len(x)), (x - mean) / scale))
     weights = np.zeros(design.shape[1])
-    ridge = np.diag([0.0, *[1e-3 * len(x)] * x.shape[1]])  # keeps separable data finite
+    # keeps data finite that a line separates, or that are all alike
+    ridge = np.diag([1e-6 * len(x), *[1e-3 * len(x)] * x.shape[1]])
     for _ in range(50):
         p = 1 / (1 + np.exp(-design @ weights))
         gradient = design.T @ (p - y) + ridge @ weights

@@ -83,8 +83,10 @@ class FeatureCache:
         self._stem = folder / f"{data.name}-{key.hexdigest()[:16]}"
         self._progress = self._stem.with_suffix(".json")
         size = encoder.preprocess.size
+        device = next(self.network.parameters()).device
         with torch.inference_mode():
-            width, rows, columns = (int(n) for n in self.network(torch.zeros(1, 3, size, size)).shape[1:])
+            blank = torch.zeros(1, 3, size, size, device=device)
+            width, rows, columns = (int(n) for n in self.network(blank).shape[1:])
         self.shape = (self.variants, len(data), rows * columns, width)
         self.map_shape = (width, rows, columns)
         self._map: np.ndarray | None = None
@@ -118,7 +120,8 @@ class FeatureCache:
             pixels, fits = load_pixels(self.data, batch, self.encoder)
             views = [pixels] if self.variants == 1 else [pixels, pixels.flip(-1)]
             with torch.inference_mode():
-                return [compute(self.network, v, self.encoder.preprocess).half().numpy() for v in views], fits
+                given = [compute(self.network, view, self.encoder.preprocess) for view in views]
+                return [features.half().cpu().numpy() for features in given], fits
 
         batches = list(chunks(range(done, len(self.data)), _BATCH))
         bar = tqdm(total=len(self.data), initial=done, desc=f"features of {self.data.name}", unit="picture")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from captioner import checkpoint
 from captioner.batch import ahead
+from captioner.captioner import choose_device
 from captioner.decoder import Memory
 from captioner.encoder import ENCODERS, Encoder, cells
 from captioner.model import CaptionModel
@@ -85,11 +86,14 @@ def train(
 
     Raises:
         DataError, EncoderError: for data or weights that cannot be used.
+        ValueError: for a device that is not there.
     """
+    device = str(choose_device(device))
     output.mkdir(parents=True, exist_ok=True)
     if processes is None:
         processes = torch.get_num_threads() if device == "cpu" else 1
     experiment = Experiment(config, data_folder, cache_folder or output / "cache")
+    experiment.model.to(device)
     experiment.prepare()
     smallest = min(
         min(sum(len(experiment.sources[n]) for n in s.sources), s.batch_pictures) for s in config.stages
