@@ -87,7 +87,8 @@ def main() -> NoReturn:
     if sys.stdout is None:
         _say("standard output is closed")
         sys.exit(UNUSABLE)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # ASCII, perhaps
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # for what ASCII lacks; half a surrogate (a file name that is not UTF-8) becomes its escape in JSON
         sys.stdout.reconfigure(errors="backslashreplace")
     code: object = 0
     try:
@@ -139,9 +140,7 @@ def _print(text: str, end: str = "\n") -> None:
 
 def _dumps(record: object, indent: int | None = None) -> str:
     utf8 = "utf" in (sys.stdout.encoding or "").lower()
-    text = json.dumps(record, ensure_ascii=not utf8, indent=indent)
-    # half a surrogate (a file name that is not UTF-8) has no UTF-8; backslashed, it is JSON's own escape
-    return text.encode("utf-8", "backslashreplace").decode()
+    return json.dumps(record, ensure_ascii=not utf8, indent=indent)
 
 
 @contextmanager
@@ -546,7 +545,7 @@ class _CsvWriter(_Writer):
     def _row(self, cells: Iterable[Any]) -> None:
         text = io.StringIO()
         csv.writer(text).writerow(cells)  # with any other line end it would not quote a name with \r in it
-        _print(text.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace").decode())
+        _print(text.getvalue().removesuffix("\r\n"))
 
 
 # --------------------------------------------------------------------------------------------------
