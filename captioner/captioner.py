@@ -61,6 +61,12 @@ class Captioner:
         self.model.encoder.optimise().to(PRECISIONS[precision])
         self.header = header
         self.calibration = calibration
+        tokenizer = model.tokenizer
+        self._continues = (
+            None
+            if tokenizer.kind == "word"
+            else np.array([tokenizer.piece(i).startswith("##") for i in range(len(tokenizer))])
+        )
         self.defaults = SearchOptions(**header.search)
 
     @classmethod
@@ -220,6 +226,7 @@ class Captioner:
             prefixes=given_tokens,
             machines=[machine] * count if machine else None,
             seeds=[int(seed) for seed in seeds] if seeds is not None else range(count),
+            continues=self._continues,
         )
         familiar = self._familiarity(features)
         captions = []
@@ -278,13 +285,7 @@ class Captioner:
                     raise ValueError(f"the required word {phrase!r} is not in the model's vocabulary")
                 phrases.append(tuple(tokens))
             requirements.append(phrases)
-        return Machine(requirements, self._continues())
-
-    def _continues(self) -> np.ndarray | None:
-        tokenizer = self.model.tokenizer
-        if tokenizer.kind == "word":
-            return None
-        return np.array([tokenizer.piece(i).startswith("##") for i in range(len(tokenizer))])
+        return Machine(requirements, self._continues)
 
     def _familiarity(self, features: GridFeatures) -> list[tuple[float, float]] | None:
         if self.calibration is None:

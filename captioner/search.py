@@ -26,6 +26,9 @@ from captioner.tokenizer import END, PAD, START, UNKNOWN
 MAX_STATES = 64
 """Largest number of machine states: six required words of one token each."""
 
+LARGEST = 1000
+"""Largest beam, length and number of captions; more would be a mistake, or an attack on the memory."""
+
 _NEVER = float("-inf")
 
 
@@ -73,8 +76,8 @@ class SearchOptions:
             if isinstance(value, Real) and not math.isfinite(value):
                 raise ValueError(f"{option.name} must be a finite number, not {value}")
         for name in ("beam", "max_length", "n_best"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise ValueError(f"{name} must be from 1 to {LARGEST}, not {getattr(self, name)}")
         for name in ("no_repeat_ngram", "min_length", "top_k", "alternatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, and is {getattr(self, name)}")
@@ -328,6 +331,7 @@ def search(
     prefixes: Sequence[Sequence[int]] | None = None,
     machines: Sequence[Machine] | None = None,
     seeds: Sequence[int] | None = None,
+    continues: np.ndarray | None = None,
 ) -> list[list[Hypothesis]]:
     """Write captions for a batch of pictures.
 
@@ -339,6 +343,8 @@ def search(
         machines: for each picture, the words that must appear.
         seeds: for each picture, the seed of its random numbers; the same seed gives the same caption
             whatever else is in the batch.
+        continues: ``(V,)`` whether a token continues a word (BPE): none of them may come first, nor right
+            after a prefix, which ends with a whole word.
 
     Returns:
         for each picture, at least one and at most ``n_best`` hypotheses, best first.
@@ -361,6 +367,7 @@ def search(
                 prefixes=[prefixes[i] for i in rows],
                 machines=[machines[i] for i in rows] if rows is bound else None,
                 seeds=[seeds[i] for i in rows],
+                continues=continues,
             )
             results.update(zip(rows, some, strict=True))
         return [results[i] for i in range(pictures)]
@@ -380,10 +387,11 @@ def search(
             [prefixes[i] for i in repeated.tolist()],
             [machines[i] for i in repeated.tolist()] if machines else None,
             [seed * 1_000_003 + k for seed in seeds for k in range(options.n_best)],
+            continues,
         ).run()
         groups = [found[i : i + options.n_best] for i in range(0, len(found), options.n_best)]
         return [sorted((h for group in g for h in group), key=lambda h: -h.score) for g in groups]
-    return _Search(decoder, memory, options, prefixes, machines, None).run()
+    return _Search(decoder, memory, options, prefixes, machines, None, continues).run()
 
 
 def _state_after(machine: Machine, tokens: Sequence[int]) -> int:
@@ -405,6 +413,7 @@ class _Search:
         prefixes: Sequence[Sequence[int]],
         machines: Sequence[Machine] | None,
         seeds: Sequence[int] | None,
+        continues: np.ndarray | None,
     ) -> None:
         self.decoder = decoder
         self.options = options
@@ -425,6 +434,7 @@ class _Search:
             forced[i, : len(prefix)] = torch.tensor(prefix, dtype=torch.long)
         self.forced = forced.to(device)
         self.lengths = torch.tensor(self.given, device=device)
+        self.continues = None if continues is None else torch.from_numpy(continues).to(device)
         self.generators = (
             None if seeds is None else [torch.Generator().manual_seed(s & (2**63 - 1)) for s in seeds]
         )
@@ -496,6 +506,9 @@ class _Search:
         allowed[..., [PAD, START, UNKNOWN]] = _NEVER
         if t < options.min_length:
             allowed[..., END] = _NEVER
+        if self.continues is not None:
+            first = self.lengths == t
+            allowed = allowed.masked_fill(first[:, None, None] & self.continues, _NEVER)
         size = options.no_repeat_ngram
         if size and t >= size:
             # tokens that followed an earlier occurrence of the last size - 1 tokens

@@ -331,7 +331,7 @@ HEADERS: list[tuple[dict[str, Any], str]] = [
     ({"calibration": {"word": 1}}, "calibration"),
     ({"search": [3]}, "search is of the wrong type"),
     ({"search": {"beams": 3}}, "beams"),
-    ({"search": {"beam": 0}}, "beam must be at least 1, not 0"),
+    ({"search": {"beam": 0}}, "beam must be from 1 to 1000, not 0"),
     ({"search": {"beam": "3"}}, "beam must be of type int, not '3'"),
     ({"summary": "trained"}, "summary is of the wrong type"),
     ({"colour": "red"}, "unknown key 'colour'"),

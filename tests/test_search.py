@@ -775,9 +775,9 @@ def test_cold_samples_are_greedy(changes: dict) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beam": 0}, "beam must be at least 1, not 0"),
-        ({"max_length": 0, "min_length": 0}, "max_length must be at least 1, not 0"),
-        ({"n_best": 0}, "n_best must be at least 1, not 0"),
+        ({"beam": 0}, "beam must be from 1 to 1000, not 0"),
+        ({"max_length": 0, "min_length": 0}, "max_length must be from 1 to 1000, not 0"),
+        ({"n_best": 0}, "n_best must be from 1 to 1000, not 0"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram must not be negative, and is -1"),
         ({"top_k": -1}, "top_k must not be negative"),
         ({"alternatives": -1}, "alternatives must not be negative"),
@@ -821,3 +821,21 @@ def test_the_reference_model_is_worth_searching() -> None:
     decoder = make(2, 6)
     found = {tuple(h[0].tokens) for h in search(decoder, look(decoder, 20), replace(PLAIN, max_length=8))}
     assert len(found) > 10
+
+
+@pytest.mark.parametrize("mode", [{"beam": 1}, {"beam": 3}, {"sample": True, "n_best": 2}])
+def test_a_piece_that_continues_a_word_never_begins_one(mode: dict) -> None:
+    decoder, prefixes = make(3, words=5), [[], [4], [4, 5], [6, 7]]
+    memory = look(decoder, 4)
+    continues = np.isin(np.arange(9), [7, 8])
+    with torch.no_grad():
+        decoder.output.bias[7:] += 4  # what is forbidden is what it would like to say
+    options = replace(PLAIN, **mode)
+    free = search(decoder, memory, options, prefixes=prefixes)
+    held = search(decoder, memory, options, prefixes=prefixes, continues=continues)
+    first = [(h.tokens[len(p) :] or [END])[0] for p, hs in zip(prefixes, held, strict=True) for h in hs]
+    assert not any(continues[token] for token in first)
+    assert any(
+        continues[(h.tokens[len(p) :] or [END])[0]] for p, hs in zip(prefixes, free, strict=True) for h in hs
+    )
+    assert any(continues[token] for hs in held for h in hs for token in h.tokens[1:])
