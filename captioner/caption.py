@@ -169,7 +169,7 @@ class Caption:
         return sheet(self, image, **options)
 
 
-SURE = 0.4
+SURE = 0.3
 """Captions below this confidence are hedged in plain text output."""
 
 
