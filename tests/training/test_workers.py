@@ -1,6 +1,11 @@
 """Several processes train as one does."""
 
+import os
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +95,48 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     assert len(losses[0]) == len(losses[1]) == 2
     for a, b in zip(*losses, strict=True):
         assert float(a) == pytest.approx(float(b), abs=0.05)  # each process tells the loss of its share
+
+
+ORPHANS = """
+import os, sys, time
+from pathlib import Path
+from captioner_training.workers import run_together
+
+def work(workers, folder):
+    (folder / str(os.getpid())).touch()
+    time.sleep(120)
+
+if __name__ == "__main__":
+    run_together(work, 2, Path(sys.argv[1]))
+"""
+
+
+def alive(process):
+    """Whether it runs; a dead one that nobody has waited for does not."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    script, folder = tmp_path / "orphans.py", tmp_path / "running"
+    script.write_text(ORPHANS)
+    folder.mkdir()
+    parent = subprocess.Popen([sys.executable, str(script), str(folder)])
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        children = [int(path.name) for path in folder.iterdir()]
+        assert len(children) == 2
+        assert all(alive(child) for child in children)
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(child) for child in children)

@@ -205,7 +205,7 @@ def run(
                 "minutes": round((time.monotonic() - started) / 60, 2),
             }
             if workers.first:
-                with average.applied():
+                with average.applied(), workers.all_cores():
                     scores = experiment.validate(model, fine_tuned)
                     mean = sum(s["CIDEr"] for s in scores.values()) / len(scores)
                     if mean > progress["best"]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +57,16 @@ class Workers:
         dist.all_gather(gathered, tensor)
         return gathered
 
+    @contextmanager
+    def all_cores(self) -> Iterator[None]:
+        """Let this process use the threads of all of them, while the others wait for it."""
+        own = torch.get_num_threads()
+        torch.set_num_threads(max(own, self.count))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(own)
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.count > 1:
@@ -86,6 +99,7 @@ def _enter(
     rank: int, work: Callable[..., None], count: int, folder: Path, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are all on this machine
     meeting = (folder / "meeting").as_uri()
     # validation and cache building happen in one process while the others wait
@@ -99,3 +113,10 @@ def _enter(
         (folder / "interrupted").touch()
         sys.exit(1)
     dist.destroy_process_group()
+
+
+def _follow(parent: int) -> None:
+    """End this process when its parent has gone: nothing would stop it, and it would go on writing."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
