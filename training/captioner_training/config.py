@@ -29,8 +29,9 @@ class SourceConfig(_Strict):
     """One data set in COCO's captions format; paths are relative to the data folder."""
 
     annotations: str
-    images: Annotated[list[str], Field(min_length=1)]
-    """Tar files or folders that hold the pictures by ``file_name``."""
+    images: list[str] = []
+    """Tar files or folders that hold the pictures by ``file_name``; those that ``captioner prepare`` noted
+    in the annotations if empty."""
     skip_highest: Annotated[int, Field(ge=0)] = 0
     """Leave out the pictures with the highest ids (they are validation)."""
     only_highest: Annotated[int, Field(ge=0)] = 0
@@ -47,6 +48,8 @@ class EncoderConfig(_Strict):
     name: str
     size: Annotated[int, Field(ge=32)] | None = None
     fit: Literal["squash", "crop", "letterbox"] | None = None
+    pretrained: bool = True
+    """Begin with ImageNet weights; without them the encoder is random, which is for tests."""
 
     @field_validator("name")
     @classmethod
@@ -77,6 +80,7 @@ class DecoderSection(_Strict):
     gate: bool = True
     deep_output: bool = True
     tied: bool = True
+    layer_norm: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
     def build(self) -> DecoderConfig:
@@ -95,27 +99,70 @@ class LossConfig(_Strict):
 
 
 class StageConfig(_Strict):
-    """One stage of training: which sources, how long, how fast."""
+    """One stage of training: which sources, how long, how fast, towards what."""
 
     name: str
     sources: Annotated[dict[str, Positive], Field(min_length=1)]
     """Source name -> how often each of its pictures comes in an epoch."""
     epochs: Positive
+    objective: Literal["cross_entropy", "self_critical"] = "cross_entropy"
+    """Teacher forcing on people's captions, or the CIDEr-D of sampled ones (Rennie et al. 2017)."""
     learning_rate: Annotated[float, Field(gt=0)]
     batch_pictures: Positive = 32
     captions_per_picture: Positive = 5
+    """Cross-entropy: at most so many captions of each picture, drawn anew every time."""
+    samples: Annotated[int, Field(ge=2)] = 5
+    """Self-critical: captions sampled for each picture; each is judged against the mean of the others."""
+    accumulate: Positive = 1
+    """Parts of a batch that are computed one after the other, for large batches in little memory."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup: Fraction = 0.05
-    """Share of the stage's steps over which the learning rate rises; then it falls along a cosine."""
+    """Share of the stage's steps over which the learning rate rises before it follows the schedule."""
     final: Fraction = 0.05
     """What the cosine falls to, as a share of the learning rate."""
+    step_epochs: Positive = 3
+    step_factor: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """``step``: multiply the learning rate by the factor every so many epochs."""
+    scheduled_sampling: Fraction = 0.0
+    """Probability at the stage's end that a word is read from the model itself and not from the caption; it
+    rises from 0 in proportion (Bengio et al. 2015)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 5.0
     """Largest norm of the gradient."""
+    clip_value: Annotated[float, Field(gt=0)] | None = None
+    """Largest size of each of its numbers, before the norm is clipped."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the exponential moving average of the weights that is validated and kept; 0 turns it off."""
+    average_epochs: Positive = 1
+    """Validate and keep the mean of the weights at the ends of the last so many epochs; needs ``average: 0``."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """End the stage after so many epochs without a better validation score; 0 never does."""
     trainable_blocks: Annotated[int, Field(ge=0)] = 0
     """How many of the encoder's last blocks are fine-tuned; the cache holds what comes before them."""
     encoder_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StageConfig:
+        if self.average and self.average_epochs > 1:
+            raise ValueError("average_epochs needs average: 0; choose one of the two ways of averaging")
+        if self.accumulate > self.batch_pictures:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, but a batch has only {self.batch_pictures} pictures to share out"
+            )
+        if self.objective == "self_critical" and self.scheduled_sampling:
+            raise ValueError("scheduled_sampling is for objective: cross_entropy; self_critical samples anyway")
+        return self
+
+
+class StartConfig(_Strict):
+    """Go on from a trained captioner instead of starting with a fresh decoder."""
+
+    model: str
+    """``built-in``, or the path of a checkpoint, relative to the working directory."""
+    new_words: bool = True
+    """Add the words of the new captions (see ``tokenizer.min_count``) to the vocabulary; the old ones stay."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Another dropout than the captioner was trained with."""
 
 
 class SearchConfig(_Strict):
@@ -139,19 +186,31 @@ class TrainingConfig(_Strict):
     name: str
     seed: int = 0
     data: DataConfig
-    encoder: EncoderConfig
+    start: StartConfig | None = None
+    encoder: EncoderConfig | None = None
     tokenizer: TokenizerConfig = TokenizerConfig()
-    decoder: DecoderSection = DecoderSection()
+    word_vectors: str | None = None
+    """First embeddings from a text file of GloVe's or word2vec's format, relative to the data folder."""
+    decoder: DecoderSection | None = None
     loss: LossConfig = LossConfig()
     flips: bool = True
     """Show each picture mirrored every other time."""
+    crops: Annotated[int, Field(ge=0)] = 0
+    """Random crops of each picture beside the whole; with a cache so many, else a new one every time."""
+    cache: bool = True
+    """Keep what the frozen blocks of the encoder give; without, every picture is read and encoded anew."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    compile: bool = False
+    """Compile the decoder's steps with torch.compile."""
+    tensorboard: bool = True
+    """Write TensorBoard logs if the package is installed."""
     stages: Annotated[list[StageConfig], Field(min_length=1)]
     search: SearchConfig = SearchConfig()
     save_minutes: Annotated[float, Field(gt=0)] = 5.0
     """How often the state is saved within an epoch."""
 
     @model_validator(mode="after")
-    def _sources_exist(self) -> TrainingConfig:
+    def _fits_together(self) -> TrainingConfig:
         for index, stage in enumerate(self.stages):
             for name in stage.sources:
                 if name not in self.data.sources:
@@ -163,6 +222,12 @@ class TrainingConfig(_Strict):
             raise ValueError(
                 "data.validation must name at least one set: the best checkpoint is chosen on it"
             )
+        if self.start is None and self.encoder is None:
+            raise ValueError("encoder is missing (or start, to go on from a trained captioner)")
+        if self.start is not None:
+            for key in ("encoder", "decoder", "word_vectors"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} cannot be given with start: the captioner there brings its own")
         return self
 
 
