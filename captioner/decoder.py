@@ -32,6 +32,7 @@ class DecoderConfig:
         gate: gate the context vector (section 4.2.1 of the paper).
         deep_output: words depend on state, context and previous word (equation 7), else on the state alone.
         tied: output weights are the embeddings (Press and Wolf 2017).
+        layer_norm: normalise what goes into the gates, and the LSTM's memory (Ba, Kiros and Hinton 2016).
         dropout: probability, on embeddings, projected cells and the output layer.
     """
 
@@ -44,6 +45,7 @@ class DecoderConfig:
     gate: bool = True
     deep_output: bool = True
     tied: bool = True
+    layer_norm: bool = False
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
@@ -111,12 +113,15 @@ class RecurrentCell(nn.Module):
     S is 2 for the LSTM (hidden and memory) and 1 for the others; row 0 is the hidden state.
     """
 
-    def __init__(self, kind: str, inputs: int, hidden: int) -> None:
+    def __init__(self, kind: str, inputs: int, hidden: int, layer_norm: bool = False) -> None:
         super().__init__()
         self.kind = kind
         self.states = 2 if kind == "lstm" else 1
-        if kind == "lstm":
-            self.cell: nn.RNNCellBase = nn.LSTMCell(inputs, hidden)
+        self.cell: nn.RNNCellBase | NormalisedCell
+        if layer_norm:
+            self.cell = NormalisedCell(kind, inputs, hidden)
+        elif kind == "lstm":
+            self.cell = nn.LSTMCell(inputs, hidden)
             with torch.no_grad():  # remember by default (Jozefowicz et al. 2015)
                 self.cell.bias_hh[hidden : 2 * hidden].fill_(1.0)
         elif kind == "gru":
@@ -129,6 +134,48 @@ class RecurrentCell(nn.Module):
         if self.kind == "lstm":
             return torch.stack(self.cell(x, (state[:, 0], state[:, 1])), dim=1)
         return self.cell(x, state[:, 0])[:, None]
+
+
+class NormalisedCell(nn.Module):
+    """A recurrent cell with layer normalisation, called as torch's own cells are.
+
+    What comes from the input and from the state is normalised on its own, and so is the LSTM's memory on its
+    way out (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450, equations 20 to 22). The GRU's reset
+    gate multiplies the normalised product, as in torch's cell.
+    """
+
+    def __init__(self, kind: str, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.kind = kind
+        gates = {"lstm": 4, "gru": 3}.get(kind, 1) * hidden
+        self.input = nn.Linear(inputs, gates, bias=False)
+        self.recurrent = nn.Linear(hidden, gates, bias=False)
+        for half in range(0, gates, hidden):  # a gate at a time, each an orthogonal map
+            nn.init.orthogonal_(self.recurrent.weight[half : half + hidden])
+        self.input_norm = nn.LayerNorm(gates)
+        self.recurrent_norm = nn.LayerNorm(gates)
+        self.memory_norm = nn.LayerNorm(hidden) if kind == "lstm" else None
+        if kind == "lstm":
+            with torch.no_grad():  # remember by default, as below
+                self.recurrent_norm.bias[hidden : 2 * hidden].fill_(1.0)
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        """Return ``(hidden, memory)`` for the LSTM and the hidden state ``(N, H)`` for the others."""
+        hidden = state[0] if self.kind == "lstm" else state
+        from_input = self.input_norm(self.input(x))
+        from_state = self.recurrent_norm(self.recurrent(hidden))
+        if self.memory_norm is not None:
+            write, forget, new, read = (from_input + from_state).chunk(4, dim=-1)
+            memory = torch.sigmoid(forget) * state[1] + torch.sigmoid(write) * torch.tanh(new)
+            return torch.sigmoid(read) * torch.tanh(self.memory_norm(memory)), memory
+        if self.kind == "gru":
+            reset_x, update_x, new_x = from_input.chunk(3, dim=-1)
+            reset_h, update_h, new_h = from_state.chunk(3, dim=-1)
+            update = torch.sigmoid(update_x + update_h)
+            new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+            return (1 - update) * new + update * hidden
+        total = from_input + from_state
+        return torch.relu(total) if self.kind == "rnn_relu" else torch.tanh(total)
 
 
 class Decoder(nn.Module):
@@ -144,7 +191,9 @@ class Decoder(nn.Module):
         self.project = nn.Linear(feature_width, config.cells)
         self.attention = attention(config.cells, config.hidden, config.attention_width) if attention else None
         context = config.cells if attention else 0
-        self.cell = RecurrentCell(config.cell, config.embedding + context, config.hidden)
+        self.cell = RecurrentCell(
+            config.cell, config.embedding + context, config.hidden, config.layer_norm
+        )
         self.initial = nn.Linear(config.cells, self.cell.states * config.hidden)
         self.gate = nn.Linear(config.hidden, 1) if config.gate and attention else None
         self.output_state = nn.Linear(config.hidden, config.embedding)

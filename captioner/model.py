@@ -20,11 +20,13 @@ class TeacherForced:
 
     Attributes:
         logits: ``(P, V)``, only for the P positions that are not padding, row by row.
+        positions: ``(P,)`` where these are among the ``N * T``.
         attention: ``(N, T, C)`` weights, or None; rows of padding are zero.
         gates: ``(N, T)`` or None; zero where padded.
     """
 
     logits: Tensor
+    positions: Tensor
     attention: Tensor | None
     gates: Tensor | None
 
@@ -51,14 +53,17 @@ class CaptionModel(nn.Module):
         """Project the features for the decoder; frames and cells become one axis ``C = F * R``."""
         return self.decoder.memory(features.data.flatten(1, 2), features.mask.flatten(1, 2))
 
-    def forward(self, memory: Memory, tokens: Tensor, lengths: Tensor) -> TeacherForced:
+    def forward(self, memory: Memory, tokens: Tensor, lengths: Tensor, own: float = 0.0) -> TeacherForced:
         """Run the decoder on the true captions.
 
         Args:
             memory: for each caption (N rows).
             tokens: ``(N, T + 1)``: start, the caption, end, padding.
             lengths: ``(N,)`` number of predictions of each caption, its end included; descending, so
-                that the captions still running are always the first rows and little padding is computed.
+                that the captions still running are always the first rows and little padding is computed. On
+                a GPU they are best left on the CPU, which would have to wait for them.
+            own: probability that a word is read from the model's own distribution and not from the caption:
+                scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099).
 
         Raises:
             ValueError: if the lengths do not descend.
@@ -81,19 +86,32 @@ class CaptionModel(nn.Module):
                 state = state[:kept]
                 keys = None if memory.keys is None else memory.keys[:kept]
                 memory = Memory(memory.cells[:kept], keys, memory.mask[:kept])
-            step = self.decoder.step_embedded(embedded[:kept, t], state, memory)
+            words = embedded[:kept, t]
+            if own and t > 0:
+                words = self._mix(words, outputs[-1][:kept], own)
+            step = self.decoder.step_embedded(words, state, memory)
             state = step.state
             outputs.append(_pad_rows(step.output, rows))
             if step.attention is not None:
                 attention.append(_pad_rows(step.attention, rows))
             if step.gate is not None:
                 gates.append(_pad_rows(step.gate, rows))
-        valid = torch.arange(steps, device=lengths.device) < lengths[:, None]
+        valid = torch.arange(steps) < torch.tensor(counts)[:, None]
+        positions = valid.flatten().nonzero().squeeze(1).to(tokens.device, non_blocking=True)
+        valid = valid.to(tokens.device, non_blocking=True)
         return TeacherForced(
-            logits=self.decoder.logits(torch.stack(outputs, 1)[valid]),
+            logits=self.decoder.logits(torch.stack(outputs, 1).flatten(0, 1).index_select(0, positions)),
+            positions=positions,
             attention=torch.stack(attention, 1) * valid[..., None] if attention else None,
             gates=torch.stack(gates, 1) * valid if gates else None,
         )
+
+    def _mix(self, words: Tensor, output: Tensor, own: float) -> Tensor:
+        """Replace a share of the true words' embeddings by those of words that the model would have said."""
+        with torch.no_grad():
+            said = torch.multinomial(self.decoder.logits(output).float().softmax(-1), 1).squeeze(1)
+            chosen = torch.rand(len(words), 1, device=words.device) < own
+        return torch.where(chosen, self.decoder.dropout(self.decoder.embedding(said)), words)
 
 
 _CUT = 0.75

@@ -99,3 +99,29 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_tiny_model()
     checkpoint.save(path, model, make_header(model))
     return path
+
+
+# for the tests of training, which alone import what they need
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the shapes, for tests that leave it as it is."""
+    from shape_data import write_shapes
+
+    return write_shapes(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A feature cache for all tests: they train on the same pictures with the same encoder."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validate without Java."""
+    from captioner_training import experiment
+    from shape_data import QuickScorer
+
+    monkeypatch.setattr(experiment, "Scorer", QuickScorer)

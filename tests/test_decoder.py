@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.attention import ATTENTIONS
-from captioner.decoder import CELLS, Decoder, DecoderConfig, Memory
+from captioner.decoder import CELLS, Decoder, DecoderConfig, Memory, NormalisedCell
 
 V, D = 11, 9
 SMALL = DecoderConfig(hidden=8, embedding=6, cells=7, attention_width=5)
@@ -55,6 +55,57 @@ def test_without_attention_the_decoder_is_torchs_own_recurrent_network(cell: str
         assert step.gate is None
     torch.testing.assert_close(torch.stack(found, 1), expected)
     torch.testing.assert_close(state, last)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_normalised_cell_is_what_the_paper_says(cell: str) -> None:
+    """Equations 20 to 22 of Ba, Kiros and Hinton (2016), and their like for the other cells."""
+    torch.manual_seed(0)
+    made = NormalisedCell(cell, 5, 8)
+    for p in made.parameters():
+        nn.init.normal_(p)
+    x, h, c = torch.randn(3, 5), torch.randn(3, 8), torch.randn(3, 8)
+    found = made(x, (h, c)) if cell == "lstm" else made(x, h)
+
+    def norm(z: Tensor, layer: nn.LayerNorm) -> Tensor:
+        mean, deviation = z.mean(-1, keepdim=True), z.std(-1, correction=0, keepdim=True)
+        return (z - mean) / deviation * layer.weight + layer.bias
+
+    a = norm(x @ made.input.weight.T, made.input_norm)
+    b = norm(h @ made.recurrent.weight.T, made.recurrent_norm)
+    if cell == "lstm":
+        i, f, g, o = (a + b).split(8, -1)
+        memory = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        assert made.memory_norm is not None
+        torch.testing.assert_close(found[1], memory, rtol=1e-3, atol=1e-4)  # torch adds an epsilon
+        torch.testing.assert_close(
+            found[0], o.sigmoid() * norm(memory, made.memory_norm).tanh(), rtol=1e-3, atol=1e-4
+        )
+        return
+    if cell == "gru":
+        (ra, za, na), (rb, zb, nb) = a.split(8, -1), b.split(8, -1)
+        z = (za + zb).sigmoid()
+        expected = (1 - z) * (na + (ra + rb).sigmoid() * nb).tanh() + z * h
+    else:
+        expected = (a + b).relu() if cell == "rnn_relu" else (a + b).tanh()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_normalised_cells_take_the_place_of_plain_ones(cell: str) -> None:
+    decoder = make(cell=cell, layer_norm=True)
+    memory = look(decoder)
+    state = decoder.start(memory)
+    step = decoder.step(torch.tensor([1, 2, 3]), state, memory)
+    assert step.state.shape == state.shape == make(cell=cell).start(memory).shape
+    # what comes in may be a thousand times larger: normalised, it makes next to no difference
+    large = memory._replace(cells=memory.cells * 1000)
+    step_large = decoder.cell(torch.cat((torch.zeros(3, 6), large.cells[:, 0]), -1), state)
+    step_small = decoder.cell(torch.cat((torch.zeros(3, 6), memory.cells[:, 0]), -1), state)
+    torch.testing.assert_close(step_large, step_small, rtol=1e-2, atol=1e-3)
+    if cell == "lstm":
+        assert isinstance(decoder.cell.cell, NormalisedCell)
+        assert (decoder.cell.cell.recurrent_norm.bias[8:16] == 1).all()
 
 
 def test_the_lstm_remembers_by_default() -> None:

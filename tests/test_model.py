@@ -74,6 +74,33 @@ def test_teacher_forcing_is_the_steps_one_by_one(shared: CaptionModel, cell: str
     assert place == len(forced.logits)
 
 
+def test_scheduled_sampling_reads_the_models_own_words(shared: CaptionModel) -> None:
+    """With probability 1 and a model that is all but certain, the input is its greedy caption."""
+    model = decoder_of(shared, dropout=0.0)
+    with torch.no_grad():  # far apart: a draw is then the best word
+        model.decoder.output.bias.copy_(
+            torch.randn(len(model.tokenizer), generator=torch.Generator().manual_seed(1))
+        )
+        model.decoder.embedding.weight.mul_(1000)
+    memory, tokens = look(model), batch()
+    mixed = model(memory, tokens, LENGTHS, own=1.0)
+    said = tokens.clone()
+    state = model.decoder.start(memory)
+    for t in range(int(LENGTHS[0]) - 1):
+        step = model.decoder.step(said[:, t], state, memory)
+        state = step.state
+        said[:, t + 1] = model.decoder.logits(step.output).argmax(-1)
+    assert not torch.equal(said, tokens)
+    torch.testing.assert_close(mixed.logits, model(memory, said, LENGTHS).logits)
+
+    torch.manual_seed(0)
+    some = model(memory, tokens, LENGTHS, own=0.5).logits
+    plain = model(memory, tokens, LENGTHS).logits
+    torch.testing.assert_close(some[0], plain[0])  # the first word follows the start in any case
+    assert not torch.equal(some, plain)
+    assert not torch.equal(some, mixed.logits)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_padding_counts_for_nothing(shared: CaptionModel, attention: str) -> None:
     model = decoder_of(shared, attention=attention)

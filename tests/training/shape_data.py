@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from captioner_training.config import TrainingConfig
 from captioner_training.metrics import Scores
 from conftest import make_tiny_model
@@ -98,6 +99,7 @@ def plain_config(stages: Sequence[dict[str, Any]] | None = None, **changes: Any)
         "decoder": {"hidden": 48, "embedding": 24, "cells": 32, "attention_width": 16, "dropout": 0.1},
         "loss": {"label_smoothing": 0.0},
         "search": {"beam": 1, "max_length": 10},
+        "tensorboard": False,
         "stages": list(stages or [stage()]),
         **changes,
     }
@@ -125,3 +127,22 @@ class QuickScorer:
         right = [caption in self.references[key] for key, caption in generated.items()]
         value = sum(right) / len(right)
         return Scores({"CIDEr": value}, {}, len(right), len(right))
+
+
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def state_of(output: Path) -> dict:
+    return torch.load(output / "state.pt", weights_only=True)
+
+
+def same(a: object, b: object) -> bool:
+    """Compare nested states bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

@@ -1,6 +1,5 @@
 """Training: it learns, resumes to the bit, leaves alone what is frozen, and keeps the best checkpoint."""
 
-import json
 import multiprocessing
 import random
 import time
@@ -8,54 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from captioner_training import loop
+from captioner_training import experiment
 from captioner_training.config import ConfigError
 from captioner_training.data import DataError, load_data_set
-from captioner_training.loop import Average, Experiment, build_encoder, make_batch, schedule, train
+from captioner_training.loop import train
 from captioner_training.metrics import Scores
-from captioner_training.workers import Workers
-from shape_data import COMBINATIONS, QuickScorer, captions, make_config, stage, write_shapes
+from shape_data import COMBINATIONS, QuickScorer, captions, log_of, make_config, same, stage, state_of
 
 from captioner import Captioner
 from captioner.checkpoint import read_header
 from captioner.encoder import Encoder
-from captioner.tokenizer import END, PAD, START
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_shapes(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """One for all tests: they train on the same pictures with the same encoder."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(loop, "Scorer", QuickScorer)
-
-
-def log_of(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-
-
-def state_of(output: Path) -> dict:
-    return torch.load(output / "state.pt", weights_only=True)
-
-
-def same(a: object, b: object) -> bool:
-    """Compare nested states bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
 
 # --------------------------------------------------------------------------------------------------
 # learning
@@ -74,7 +35,7 @@ def learned(tmp_path_factory, data, cache) -> Path:
     """Train until the shapes are known by heart."""
     output = tmp_path_factory.mktemp("learned")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Scorer", QuickScorer)
+        patch.setattr(experiment, "Scorer", QuickScorer)
         best = train(make_config(**BY_HEART), data, output, cache_folder=cache, processes=1)
     assert best == output / "model.safetensors"
     return output
@@ -174,8 +135,8 @@ def test_the_best_checkpoint_is_chosen_by_generated_captions(tmp_path, data, cac
             seen.append(dict(generated))
             return Scores({"CIDEr": next(told)}, {}, len(generated), len(generated))
 
-    monkeypatch.setattr(loop, "Scorer", Scripted)
-    config = make_config([stage(sources={"shapes": 8}, epochs=4)])
+    monkeypatch.setattr(experiment, "Scorer", Scripted)
+    config = make_config([stage(sources={"shapes": 12}, epochs=4, learning_rate=8e-3)])
     train(config, data, tmp_path, cache_folder=cache, processes=1)
     lines = log_of(tmp_path)
     assert [line["best"] for line in lines] == [0.2, 0.9, 0.9, 0.9]
@@ -197,7 +158,7 @@ def test_several_validation_sets_count_alike(tmp_path, data, cache, monkeypatch)
             value = 0.25 if len(generated) == 4 else 0.75
             return Scores({"CIDEr": value}, {}, len(generated), len(generated))
 
-    monkeypatch.setattr(loop, "Scorer", ByName)
+    monkeypatch.setattr(experiment, "Scorer", ByName)
     few = {"annotations": "shapes.json", "images": ["pictures"], "only_highest": 4}
     many = {"annotations": "shapes.json", "images": ["pictures"], "skip_highest": 4}
     config = make_config(data={"sources": {"shapes": many}, "validation": {"few": few, "many": many}})
@@ -220,7 +181,7 @@ RESUMABLE = {
 def train_quickly(data: Path, output: Path, cache: Path) -> None:
     """Train in a process of its own, to be killed."""
     torch.set_num_threads(1)
-    loop.Scorer = QuickScorer
+    experiment.Scorer = QuickScorer
     train(make_config(**RESUMABLE), data, output, cache_folder=cache, processes=1)
 
 
@@ -279,149 +240,16 @@ def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path, data, cac
 def test_a_state_of_another_config_is_a_mistake_in_one_line(tmp_path, data, cache, quick):
     train(make_config(), data, tmp_path, cache_folder=cache, processes=1)
     other = make_config(decoder={"hidden": 32, "embedding": 24, "cells": 32, "attention_width": 16})
-    with pytest.raises(ConfigError, match=r"state\.pt is of another config .*--output") as caught:
+    with pytest.raises(
+        ConfigError, match=r"state\.pt is of another config \(.*decoder\.hidden was 48, is 32\): .*--output"
+    ) as caught:
         train(other, data, tmp_path, cache_folder=cache, processes=1)
     assert "\n" not in str(caught.value)
-
-
-# --------------------------------------------------------------------------------------------------
-# the parts
-
-
-@pytest.fixture(scope="module")
-def experiment(data, cache) -> Experiment:
-    return Experiment(make_config(), data, cache)
-
-
-def batch_of(experiment, rows, workers=None, epoch="0 0 0", **changes):
-    settings = make_config([stage(**changes)]).stages[0]
-    workers = workers or Workers()
-    caches = experiment.caches(settings, Workers())
-    pictures = [("shapes", i) for i in range(24)]
-    return make_batch(experiment, caches, settings, workers, epoch, pictures, rows)
-
-
-def test_a_batch_holds_what_was_asked_for(experiment):
-    batch = batch_of(experiment, [3, 5, 9])
-    assert batch.lengths.tolist() == sorted(batch.lengths.tolist(), reverse=True)
-    assert sorted(batch.picture.tolist()) == [0, 0, 1, 1, 2, 2]
-    assert batch.all_captions == 6
-    assert batch.all_tokens == int(batch.lengths.sum())
-    known = {tuple(t) for row in (3, 5, 9) for t in experiment.targets["shapes"][row]}
-    found = set()
-    for tokens, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True):
-        assert tokens[0] == START
-        assert tokens[length] == END
-        assert set(tokens[length + 1 :]) <= {PAD}
-        found.add(tuple(tokens[1 : length + 1]))
-    assert found == known
-
-
-def test_a_batch_is_the_same_every_time_and_another_in_another_epoch(experiment):
-    first, second = batch_of(experiment, [3, 5, 9, 11]), batch_of(experiment, [3, 5, 9, 11])
-    assert torch.equal(first.features, second.features)
-    assert torch.equal(first.tokens, second.tokens)
-    others = [batch_of(experiment, [3, 5, 9, 11], epoch=f"0 0 {n}") for n in range(1, 6)]
-    assert any(not torch.equal(first.features.sort(0)[0], b.features.sort(0)[0]) for b in others)  # mirrored
-
-
-def test_fewer_captions_of_a_picture_can_be_taken(experiment):
-    batch = batch_of(experiment, [3, 5, 9], captions_per_picture=1)
-    assert sorted(batch.picture.tolist()) == [0, 1, 2]
-    assert batch.all_captions == 3
-
-
-def test_the_shares_of_the_processes_make_up_the_batch(experiment):
-    rows = [0, 4, 7, 12, 20]
-    whole = batch_of(experiment, rows)
-    shares = [batch_of(experiment, rows, Workers(rank, 3)) for rank in range(3)]
-    assert {(s.all_tokens, s.all_captions) for s in shares} == {(whole.all_tokens, whole.all_captions)}
-
-    def content(batch):
-        return sorted(
-            (tokens[: length + 1], batch.features[picture].sum().item())
-            for tokens, length, picture in zip(
-                batch.tokens.tolist(), batch.lengths.tolist(), batch.picture.tolist(), strict=True
-            )
-        )
-
-    assert sorted(c for s in shares for c in content(s)) == content(whole)
-
-
-def test_the_vocabulary_comes_from_the_training_sources_alone(data, cache):
-    shapes = {"annotations": "shapes.json", "images": ["pictures"]}
-    config = make_config(
-        data={
-            "sources": {
-                "shapes": {**shapes, "skip_highest": 18},
-                "unused": shapes,
-            },
-            "validation": {"rest": {**shapes, "only_highest": 18}},
-        }
-    )
-    experiment = Experiment(config, data, cache)
-    assert set(experiment.sources) == {"shapes"}
-    assert "red" in experiment.tokenizer.index
-    assert "blue" not in experiment.tokenizer.index
 
 
 def test_missing_data_is_told_before_anything_is_computed(tmp_path):
     with pytest.raises((DataError, ValueError), match=r"shapes\.json"):
         train(make_config(), tmp_path, tmp_path / "output", processes=1)
-
-
-def test_the_encoder_is_prepared_as_the_config_says():
-    assert build_encoder(make_config()).preprocess.fit == "squash"
-    cropped = build_encoder(make_config(encoder={"name": "efficientnet_lite0", "size": 96, "fit": "crop"}))
-    assert (cropped.preprocess.size, cropped.preprocess.fit) == (96, "crop")
-    assert cropped.grid == (3, 3)
-    pretrained = Encoder("efficientnet_lite0", pretrained=True)
-    assert same(cropped.network.state_dict(), pretrained.network.state_dict())
-    assert (
-        build_encoder(make_config(encoder={"name": "efficientnet_lite0"})).preprocess == pretrained.preprocess
-    )
-
-
-def test_the_learning_rate_warms_up_and_falls():
-    settings = make_config([stage(warmup=0.1, final=0.05)]).stages[0]
-    rates = [schedule(settings, step, 100) for step in range(100)]
-    assert rates[:10] == pytest.approx([(n + 1) / 11 for n in range(10)])
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[55] == pytest.approx(0.525)
-    assert rates[99] == pytest.approx(0.05, abs=0.001)
-
-
-def test_the_average_follows_the_weights(experiment):
-    model = experiment.model
-    with torch.random.fork_rng():
-        average = Average(model, decay=0.5)
-        kept = [p.detach().clone() for p in average.parameters]
-        with torch.no_grad():
-            for p in average.parameters:
-                p.add_(1.0)
-        average.update()
-        decay = 2 / 11  # grows towards 0.5
-        for value, before in zip(average.values, kept, strict=True):
-            torch.testing.assert_close(value, before + (1 - decay))
-        with average.applied():
-            assert all(torch.equal(p, v) for p, v in zip(average.parameters, average.values, strict=True))
-        for p, before in zip(average.parameters, kept, strict=True):
-            torch.testing.assert_close(p.detach(), before + 1.0)
-        with torch.no_grad():
-            for p, before in zip(average.parameters, kept, strict=True):
-                p.copy_(before)
-
-
-def test_a_crop_scales_with_the_size():
-    """torchvision's networks take the centre of a picture that was resized to somewhat more."""
-    usual = Encoder("resnet50").preprocess
-    assert (usual.size, usual.resize) == (224, 232)
-    config = make_config(encoder={"name": "resnet50", "size": 448})
-    with pytest.MonkeyPatch.context() as patch:  # its weights are not here, and do not matter
-        patch.setattr(loop, "Encoder", lambda name, pretrained=False, **options: Encoder(name, **options))
-        preprocess = build_encoder(config).preprocess
-    assert (preprocess.size, preprocess.fit, preprocess.resize) == (448, "crop", 464)
 
 
 def test_a_device_that_is_not_there_is_a_mistake(tmp_path, data):

@@ -26,17 +26,21 @@ def valid(lengths, steps):
     return torch.arange(steps) < lengths[:, None]
 
 
+def positions(inside):
+    return inside.flatten().nonzero().squeeze(1)
+
+
 def loss_of(logits, attention, targets, lengths, rows=slice(None), **config):
     """Return the loss of some of the rows as a part of all."""
     total, captions = int(lengths.sum()), len(lengths)
     lengths = lengths[rows]
     steps = int(lengths[0])
     inside = valid(lengths, steps)
-    output = TeacherForced(logits[rows, :steps][inside], attention[rows, :steps] * inside[..., None], None)
-    settings = LossConfig(**config)
-    return caption_loss(
-        output, targets[rows, :steps] * inside, lengths, settings, tokens=total, captions=captions
+    output = TeacherForced(
+        logits[rows, :steps][inside], positions(inside), attention[rows, :steps] * inside[..., None], None
     )
+    settings = LossConfig(**config)
+    return caption_loss(output, targets[rows, :steps] * inside, settings, tokens=total, captions=captions)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -106,7 +110,7 @@ def test_doubly_stochastic_attention_by_its_formula():
 def test_a_model_without_attention_has_no_doubly_stochastic_term():
     logits, _, targets, lengths = made_up()
     inside = valid(lengths, logits.shape[1])
-    output = TeacherForced(logits[inside], None, None)
+    output = TeacherForced(logits[inside], positions(inside), None, None)
     arguments = {"tokens": sum(LENGTHS), "captions": len(LENGTHS)}
-    with_term = caption_loss(output, targets, lengths, LossConfig(doubly_stochastic=1.0), **arguments)
-    assert with_term == caption_loss(output, targets, lengths, LossConfig(), **arguments)
+    with_term = caption_loss(output, targets, LossConfig(doubly_stochastic=1.0), **arguments)
+    assert with_term == caption_loss(output, targets, LossConfig(), **arguments)

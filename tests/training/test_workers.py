@@ -1,7 +1,7 @@
 """Several processes train as one does."""
 
+import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -9,48 +9,57 @@ from pathlib import Path
 
 import pytest
 import torch
-from captioner_training import loop
+from captioner_training import experiment, loop
 from captioner_training.workers import Workers, run_together
 from shape_data import QuickScorer, make_config, stage, write_shapes
 
 
-def run_quickly(workers, *arguments):
+def run_quickly(*arguments):
     """Train in this process, with a scorer that needs no Java."""
-    loop.Scorer = QuickScorer
+    experiment.Scorer = QuickScorer
     torch.set_num_threads(1)
-    loop.run(workers, *arguments)
+    loop.run(*arguments)
 
 
-def collect(workers, folder):
-    gathered = workers.gather(torch.tensor([workers.rank, 10 * workers.rank]))
+def collect(folder):
+    workers = Workers()
     parameters = [torch.zeros(2, 3, requires_grad=True), torch.zeros(4, requires_grad=True)]
     if workers.first:  # the other has no gradient for the second
         parameters[1].grad = torch.full((4,), 5.0)
     parameters[0].grad = torch.full((2, 3), 1.0 + workers.rank)
-    workers.sum_gradients(parameters)
+    loss = workers.sum_gradients(parameters, torch.tensor(0.5 + workers.rank))
+    facts = [workers.any(False), workers.any(workers.rank == 1), workers.tell(7.5 + workers.rank)]
     workers.wait()
-    torch.save([gathered, [p.grad for p in parameters]], folder / f"{workers.rank}.pt")
+    told = {"gradients": [p.grad for p in parameters], "loss": loss, "facts": facts, "count": workers.count}
+    torch.save(told, folder / f"{workers.rank}.pt")
 
 
-def fail(workers, kind):
+def fail(kind):
+    workers = Workers()
     if workers.rank == 1:
         raise kind("the mistake")
     workers.wait()
 
 
-def test_gradients_are_summed_and_tensors_gathered(tmp_path):
+def test_gradients_and_losses_are_summed(tmp_path):
     run_together(collect, 2, tmp_path)
     for rank in (0, 1):
-        gathered, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert [g.tolist() for g in gathered] == [[0, 0], [1, 10]]
-        assert torch.equal(gradients[0], torch.full((2, 3), 3.0))
-        assert torch.equal(gradients[1], torch.full((4,), 5.0))
+        told = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert told["count"] == 2
+        assert torch.equal(told["gradients"][0], torch.full((2, 3), 3.0))
+        assert torch.equal(told["gradients"][1], torch.full((4,), 5.0))
+        assert float(told["loss"]) == 2.0
+        assert told["facts"] == [False, True, 7.5]
 
 
 def test_one_process_stays_where_it_is():
     called = []
-    run_together(lambda workers, word: called.append((workers, word)), 1, "here")
-    assert called == [(Workers(0, 1), "here")]
+    run_together(called.append, 1, "here")
+    assert called == ["here"]
+    workers = Workers()
+    assert (workers.rank, workers.count, workers.first) == (0, 1, True)
+    assert workers.device == torch.device("cpu")
+    assert float(workers.sum_gradients([], torch.tensor(3.0))) == 3.0
 
 
 def test_a_mistake_in_one_process_reaches_the_user_as_it_is():
@@ -75,14 +84,12 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
         arguments = (run_quickly, count, config, data, output, tmp_path / "cache", "cpu")
         if count == 1:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "Scorer", QuickScorer)
+                patch.setattr(experiment, "Scorer", QuickScorer)
                 run_together(*arguments)
         else:
             run_together(*arguments)
         states.append(torch.load(output / "state.pt", weights_only=True))
     one, two = states
-    assert len(one["random"]) == 1
-    assert len(two["random"]) == 2
     # Adam makes whole steps of gradients that are next to nothing: a few weights may differ
     for found, expected in (
         (two["model"].values(), one["model"].values()),
@@ -91,10 +98,11 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
         gap = torch.cat([(a - b).abs().flatten() for a, b in zip(found, expected, strict=True)])
         assert float((gap > 1e-5).float().mean()) < 1e-4
         assert float(gap.max()) < 1e-3
-    losses = [re.findall(r'"loss": ([\d.]+)', (tmp_path / c / "log.jsonl").read_text()) for c in "12"]
-    assert len(losses[0]) == len(losses[1]) == 2
-    for a, b in zip(*losses, strict=True):
-        assert float(a) == pytest.approx(float(b), abs=0.05)  # each process tells the loss of its share
+    logs = [[json.loads(line) for line in (tmp_path / c / "log.jsonl").open()] for c in "12"]
+    assert len(logs[0]) == len(logs[1]) == 2
+    for a, b in zip(*logs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], abs=1e-3)
 
 
 ORPHANS = """
@@ -102,7 +110,7 @@ import os, sys, time
 from pathlib import Path
 from captioner_training.workers import run_together
 
-def work(workers, folder):
+def work(folder):
     (folder / str(os.getpid())).touch()
     time.sleep(120)
 

@@ -134,7 +134,7 @@ class StageConfig(_Strict):
     average: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the exponential moving average of the weights that is validated and kept; 0 turns it off."""
     average_epochs: Positive = 1
-    """Validate and keep the mean of the weights at the ends of the last so many epochs; needs ``average: 0``."""
+    """Validate and keep the mean of the weights at the ends of so many last epochs; needs ``average: 0``."""
     patience: Annotated[int, Field(ge=0)] = 0
     """End the stage after so many epochs without a better validation score; 0 never does."""
     trainable_blocks: Annotated[int, Field(ge=0)] = 0
@@ -147,10 +147,12 @@ class StageConfig(_Strict):
             raise ValueError("average_epochs needs average: 0; choose one of the two ways of averaging")
         if self.accumulate > self.batch_pictures:
             raise ValueError(
-                f"accumulate is {self.accumulate}, but a batch has only {self.batch_pictures} pictures to share out"
+                f"accumulate is {self.accumulate}, but a batch has only {self.batch_pictures} pictures"
             )
         if self.objective == "self_critical" and self.scheduled_sampling:
-            raise ValueError("scheduled_sampling is for objective: cross_entropy; self_critical samples anyway")
+            raise ValueError(
+                "scheduled_sampling is for objective: cross_entropy; self_critical samples anyway"
+            )
         return self
 
 
@@ -160,7 +162,7 @@ class StartConfig(_Strict):
     model: str
     """``built-in``, or the path of a checkpoint, relative to the working directory."""
     new_words: bool = True
-    """Add the words of the new captions (see ``tokenizer.min_count``) to the vocabulary; the old ones stay."""
+    """Add the words of the new captions (see ``tokenizer.min_count``) to the vocabulary; the old stay."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Another dropout than the captioner was trained with."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from captioner_training.config import LossConfig
 def caption_loss(
     output: TeacherForced,
     targets: Tensor,
-    lengths: Tensor,
     config: LossConfig,
     *,
     tokens: int,
@@ -24,16 +22,12 @@ def caption_loss(
     Args:
         output: of the model's teacher-forced pass over N captions.
         targets: ``(N, T)`` token ids, the end included, padding after it.
-        lengths: ``(N,)`` number of targets of each caption.
         config: label smoothing (Szegedy et al. 2016), reduction, and the weight of the doubly stochastic
             term (Xu et al. 2015, equation 14).
         tokens, captions: how many there are in the whole batch.
     """
-    steps = targets.shape[1]
-    valid = torch.arange(steps, device=lengths.device) < lengths[:, None]
-    loss = F.cross_entropy(
-        output.logits, targets[valid], label_smoothing=config.label_smoothing, reduction="sum"
-    )
+    wanted = targets.flatten().index_select(0, output.positions)
+    loss = F.cross_entropy(output.logits, wanted, label_smoothing=config.label_smoothing, reduction="sum")
     loss = loss / (tokens if config.reduction == "tokens" else captions)
     if config.doubly_stochastic and output.attention is not None:
         # every cell should get its share of the looks: sum over the steps near 1

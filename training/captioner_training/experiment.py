@@ -1,0 +1,260 @@
+"""What a config describes, loaded: data sets, tokenizer, model, targets, features, validation."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from captioner import checkpoint
+from captioner.decoder import DecoderConfig
+from captioner.encoder import ENCODERS, Encoder
+from captioner.model import CaptionModel
+from captioner.search import SearchOptions
+from captioner.tokenizer import END, BpeTokenizer, Tokenizer, WordTokenizer
+from captioner_training.adapt import begin
+from captioner_training.cider import CiderD
+from captioner_training.config import ConfigError, EncoderConfig, StageConfig, TrainingConfig
+from captioner_training.data import DataSet, load_data_set
+from captioner_training.evaluate import generate
+from captioner_training.features import FeatureCache, Features, LivePictures, same_pictures
+from captioner_training.measures import common_caption_warning
+from captioner_training.metrics import Scorer
+from captioner_training.vectors import begin_with
+
+LONGEST = 22
+"""Of longer captions the first tokens are learned, without an end."""
+
+VALIDATED = ("BLEU", "METEOR", "CIDEr")
+
+
+class Experiment:
+    """What a config describes, loaded; the model is on the CPU until somebody moves it.
+
+    Attributes:
+        sources: data sets to train on, by name.
+        validation: data sets to validate on, by name.
+        model: fresh, or what ``start`` names with its new words.
+        targets: for each source and picture the token ids of its captions, at most `LONGEST`.
+        notes: what a person should be told before training starts.
+    """
+
+    def __init__(self, config: TrainingConfig, data_folder: Path, cache_folder: Path) -> None:
+        """Load everything but the features.
+
+        Raises:
+            DataError, ConfigError: for data, weights or a combination that cannot be used.
+        """
+        self.config = config
+        self.cache_folder = cache_folder
+        self.notes: list[str] = []
+        used = {name for stage in config.stages for name in stage.sources}
+        self.sources = {
+            n: load_data_set(n, c, data_folder) for n, c in config.data.sources.items() if n in used
+        }
+        self.validation = {n: load_data_set(n, c, data_folder) for n, c in config.data.validation.items()}
+        self.started: checkpoint.Header | None = None
+        torch.manual_seed(config.seed)
+        self.model = self._begin(data_folder)
+        self.tokenizer = self.model.tokenizer
+        blocks = len(self.model.encoder.network)
+        for index, stage in enumerate(config.stages):
+            if stage.trainable_blocks >= blocks:
+                raise ConfigError(
+                    f"stages.{index}.trainable_blocks is {stage.trainable_blocks}: {self.encoder_name} has "
+                    f"{blocks} blocks, and the first stays frozen"
+                )
+        self.references = {
+            name: [[[*self.tokenizer.encode(c), END] for c in p.captions] for p in data.pictures]
+            for name, data in self.sources.items()
+        }
+        self.targets = {
+            name: [[caption[:LONGEST] for caption in picture] for picture in pictures]
+            for name, pictures in self.references.items()
+        }
+        self._scorers: dict[str, Scorer] = {}
+
+    def _begin(self, data_folder: Path) -> CaptionModel:
+        config = self.config
+        captions = [c for data in self.sources.values() for p in data.pictures for c in p.captions]
+        if config.start is not None:
+            start = begin(config.start, captions, min_count=config.tokenizer.min_count)
+            self.started = start.header
+            self.notes += start.lines
+            return start.model
+        assert config.encoder is not None
+        decoder = config.decoder.build() if config.decoder is not None else DecoderConfig()
+        model = CaptionModel(build_encoder(config.encoder), decoder, build_tokenizer(config, self.sources))
+        if config.word_vectors is not None:
+            self.notes.append(begin_with(model, data_folder / config.word_vectors))
+        return model
+
+    @property
+    def encoder_name(self) -> str:
+        """A key of `captioner.encoder.ENCODERS`."""
+        if self.started is not None:
+            return self.started.encoder
+        assert self.config.encoder is not None
+        return self.config.encoder.name
+
+    def content(self) -> str:
+        """Return a hash of the captions, pictures and vocabulary that are trained on."""
+        digest = hashlib.sha256()
+        for name, data in sorted(self.sources.items()):
+            for picture, captions in zip(data.pictures, self.references[name], strict=True):
+                digest.update(f"{name} {picture.id} {picture.file} {captions}\n".encode())
+        for token in range(len(self.tokenizer)):
+            digest.update(self.tokenizer.piece(token).encode())
+        return digest.hexdigest()[:16]
+
+    def prepare(self) -> None:
+        """Compute features with all cores, before processes share the work.
+
+        What the first fine-tuned stage needs can be computed too: it has not changed its frozen blocks.
+        """
+        if not self.config.cache:
+            return
+        trained: dict[str, FeatureCache] = {}
+        for stage in self.config.stages:
+            for name, features in self.features(stage).items():
+                if isinstance(features, FeatureCache):
+                    trained[name] = features
+            if stage.trainable_blocks:
+                break
+        for name, held_out in self.validation_features().items():
+            for source, features in trained.items():
+                twice = same_pictures(features, held_out)
+                if twice:
+                    first = self.sources[source].pictures[twice[0][0]].file
+                    self.notes.append(
+                        f"{len(twice)} pictures of {name} are also in {source} (the first: {first}): scores "
+                        "on them mean nothing; captioner prepare takes them out"
+                    )
+
+    def features(self, stage: StageConfig) -> dict[str, Features]:
+        """Return what the stage's frozen blocks give for its sources, computing what a cache lacks."""
+        config, encoder = self.config, self.model.encoder
+        blocks = len(encoder.network) - stage.trainable_blocks if stage.trainable_blocks else None
+        found: dict[str, Features] = {}
+        for name in stage.sources:
+            data = self.sources[name]
+            if config.cache:
+                found[name] = FeatureCache(
+                    self.cache_folder, data, encoder, config.flips, blocks, crops=config.crops
+                ).build()
+            else:
+                found[name] = LivePictures(data, encoder, config.flips, blocks, crops=config.crops)
+        return found
+
+    def validation_features(self) -> dict[str, FeatureCache]:
+        """Return the grid features of the validation pictures under the present encoder."""
+        return {
+            name: FeatureCache(self.cache_folder, data, self.model.encoder, False).build()
+            for name, data in self.validation.items()
+        }
+
+    def judge(self, stage: StageConfig) -> tuple[CiderD, dict[str, int]]:
+        """Return the reward of self-critical training and where each source begins in it."""
+        begins: dict[str, int] = {}
+        references: list[list[list[int]]] = []
+        for name in stage.sources:
+            begins[name] = len(references)
+            references += self.references[name]
+        return CiderD(references), begins
+
+    def validate(self, fine_tuned: bool) -> dict[str, dict[str, float]]:
+        """Generate a caption for every validation picture and score it.
+
+        Args:
+            fine_tuned: whether the encoder has changed, so that features of the pictures cannot be kept.
+        """
+        options = SearchOptions(**self.config.search.model_dump())
+        caches: Mapping[str, FeatureCache] = {}
+        if self.config.cache and not fine_tuned:
+            caches = self.validation_features()
+        scores = {}
+        for name, data in self.validation.items():
+            if name not in self._scorers:
+                self._scorers[name] = Scorer(data.references())
+            captions = generate(self.model, data, options, cache=caches.get(name))
+            metrics = self._scorers[name].score(captions, metrics=VALIDATED, intervals=False)
+            scores[name] = dict(metrics.corpus)
+            warning = common_caption_warning(list(captions.values()))
+            if warning:
+                tqdm.write(f"warning: {name}: {warning}", file=sys.stderr)
+        return scores
+
+    def header(self, stage: str, epoch: int, scores: dict[str, dict[str, float]]) -> checkpoint.Header:
+        """Return the header of a checkpoint of the model as it is."""
+        config, model = self.config, self.model
+        if self.started is not None:
+            weights = str(self.started.summary.get("encoder_weights", "unknown"))
+        else:
+            weights = ENCODERS[self.encoder_name]().weights_note
+        summary: dict[str, Any] = {
+            "config": config.name,
+            "stage": stage,
+            "epoch": epoch,
+            "encoder_weights": weights,
+            "data": {
+                name: {
+                    "pictures": len(data),
+                    "captions": sum(len(p.captions) for p in data.pictures),
+                    "note": config.data.sources[name].note,
+                }
+                for name, data in self.sources.items()
+            },
+            "scores": {n: {k: round(v, 4) for k, v in s.items()} for n, s in scores.items()},
+        }
+        partial = [n for n, data in {**self.sources, **self.validation}.items() if data.partial]
+        if partial:
+            summary["partial"] = partial
+        if self.started is not None:
+            kept = {k: v for k, v in self.started.summary.items() if k not in ("started_from", "scores")}
+            summary["started_from"] = {"name": self.started.name, **kept}
+            if "licence" in kept:  # its terms hold for what was made from it
+                summary["licence"] = kept["licence"]
+        return checkpoint.Header(
+            name=config.name,
+            encoder=self.encoder_name,
+            preprocess=model.encoder.preprocess,
+            decoder=model.decoder.config,
+            tokenizer=model.tokenizer.to_dict(),
+            search=config.search.model_dump(),
+            summary=summary,
+        )
+
+
+def build_encoder(config: EncoderConfig) -> Encoder:
+    """Return the encoder with the config's input size and fit."""
+    encoder = Encoder(config.name, pretrained=config.pretrained)
+    preprocess = encoder.preprocess
+    if config.size is not None or config.fit is not None:
+        size = config.size or preprocess.size
+        resize = preprocess.resize if config.fit in (None, "crop") else None
+        preprocess = replace(
+            preprocess,
+            size=size,
+            fit=config.fit or preprocess.fit,
+            resize=None if resize is None else round(resize * size / preprocess.size),
+        )
+        network = encoder.network
+        encoder = Encoder(config.name, preprocess=preprocess)
+        encoder.network.load_state_dict(network.state_dict())
+    return encoder
+
+
+def build_tokenizer(config: TrainingConfig, sources: dict[str, DataSet]) -> Tokenizer:
+    """Learn the vocabulary from the captions of the training sources alone."""
+    sentences = [c for data in sources.values() for p in data.pictures for c in p.captions]
+    if config.tokenizer.kind == "bpe":
+        return BpeTokenizer.build(sentences, size=config.tokenizer.size)
+    return WordTokenizer.build(
+        sentences, min_count=config.tokenizer.min_count, max_size=config.tokenizer.max_size
+    )

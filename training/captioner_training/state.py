@@ -1,0 +1,115 @@
+"""The state of a run: all that resuming needs, in one file that loads without running code."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captioner.checkpoint import write_atomically
+from captioner.model import CaptionModel
+from captioner_training.config import ConfigError, TrainingConfig
+from captioner_training.optimisation import Average
+
+_FREE = ("save_minutes", "tensorboard", "compile")
+"""Keys that may change between a stop and a resumption: they change no weight."""
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the message says where it stopped and what is kept."""
+
+
+def save_state(
+    path: Path,
+    config: TrainingConfig,
+    content: str,
+    model: CaptionModel,
+    optimiser: torch.optim.Optimizer,
+    average: Average,
+    progress: dict[str, Any],
+) -> None:
+    """Save what resuming needs, atomically.
+
+    Raises:
+        TrainingError: if the disk is full or the folder cannot be written to; the last state stays as it was.
+    """
+    buffer = BytesIO()
+    torch.save(
+        {
+            "config": json.dumps(config.model_dump(), sort_keys=True),
+            "content": content,
+            "model": model.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "average": average.state_dict(),
+            "progress": dict(progress),
+        },
+        buffer,
+    )
+    try:
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: the state cannot be saved: {error.strerror or error}; what was saved before is whole: "
+            "make room, and give the same command again"
+        ) from None
+
+
+def load_state(
+    path: Path, config: TrainingConfig, content: str, model: CaptionModel, device: torch.device
+) -> dict[str, Any] | None:
+    """Return the saved state and put its weights into the model; None if there is none yet.
+
+    Raises:
+        ConfigError: if the state is of another config or other data, or cannot be read.
+    """
+    if not path.exists():
+        return None
+    advice = "choose another --output, or delete it to start anew"
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+        saved = json.loads(state["config"])
+    except Exception as error:  # whatever a damaged file makes torch and pickle raise
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"{path}: not a state that can be resumed ({reason}): {advice}") from None
+    changed = [c for c in _differences(saved, config.model_dump()) if c.split(" ")[0] not in _FREE]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(f"{path} is of another config ({'; '.join(changed[:3])}{more}): {advice}")
+    if state["content"] != content:
+        raise ConfigError(
+            f"{path} is of other data: its pictures, captions or vocabulary have changed since: {advice}"
+        )
+    model.load_state_dict(state["model"])
+    return state
+
+
+def forget_later(log: Path, epochs: int) -> None:
+    """Keep the log's first lines: those of epochs that the state knows; others will be written again."""
+    if log.exists():
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        if len(lines) > epochs:
+            write_atomically(log, "".join(lines[:epochs]).encode())
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Return ``key was …, is …`` for all that differs between two nested configs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for name in sorted(old.keys() | new.keys())
+            for line in _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line
+            for i, (a, b) in enumerate(zip(old, new, strict=True))
+            for line in _differences(a, b, f"{key}.{i}")
+        ]
+    if old == new:
+        return []
+    if isinstance(old, (dict, list)) or isinstance(new, (dict, list)):
+        return [f"{key} differs"]
+    return [f"{key} was {old!r}, is {new!r}"]
