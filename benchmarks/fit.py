@@ -39,10 +39,10 @@ def main() -> int:
     for mode in MODES:
         captioner = Captioner.load(options.model, device="cpu")
         trained = captioner.model.encoder.preprocess.fit
-        (scores,) = evaluate(
+        (evaluation,) = evaluate(
             captioner, options.annotations, images=options.images, highest=options.highest, fit=mode
         ).values()
-        table[mode] = scores
+        table[mode] = evaluation.scores
     names = list(table[MODES[0]].corpus)
     print(f"\n{table[MODES[0]].images} pictures; the model was trained with {trained}; scores x 100")
     print(f"{'':<10}" + "".join(f"{name:>9}" for name in names) + "   95 % interval of CIDEr")

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -70,6 +71,16 @@ class FitMode(str, Enum):
     squash = "squash"
     crop = "crop"
     letterbox = "letterbox"
+
+
+class PublishedData(str, Enum):
+    """Which published results stand beside one's own; auto guesses it by the names."""
+
+    auto = "auto"
+    flickr8k = "flickr8k"
+    flickr30k = "flickr30k"
+    coco = "coco"
+    none = "none"
 
 
 Model = Annotated[
@@ -612,6 +623,172 @@ def _phrase(value: object) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# prepare
+
+
+class CaptionFormat(str, Enum):
+    """Formats of captions; see `captioner_training.formats`."""
+
+    coco = "coco"
+    karpathy = "karpathy"
+    flickr = "flickr"
+    table = "table"
+    sidecars = "sidecars"
+    msvd = "msvd"
+    msrvtt = "msrvtt"
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", hidden=True)],  # the docstring tells more
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the data set.", metavar="DIR")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--images",
+            "--videos",
+            help="Folder or uncompressed tar of the pictures; may be repeated. [default: where SOURCE is]",
+            metavar="PATH",
+        ),
+    ] = None,
+    format: Annotated[
+        CaptionFormat | None,
+        typer.Option(
+            help="coco, karpathy, flickr, table, sidecars, msvd or msrvtt. [default: by the content]",
+            metavar="NAME",
+        ),
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A list of picture names, one a line, that are a split: by its name, as "
+            "Flickr_8k.devImages.txt, or val=FILE; may be repeated.",
+            metavar="FILE",
+        ),
+    ] = None,
+    val: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the pictures to draw for validation. [default: 0.1 unless SOURCE states a split]",
+            metavar="X",
+        ),
+    ] = None,
+    test: Annotated[
+        float | None,
+        typer.Option(
+            help="Share to draw for testing. [default: 0.1 unless SOURCE states splits]", metavar="X"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.", metavar="N")] = 0,
+    resplit: Annotated[
+        bool, typer.Option("--resplit", help="Draw all splits, whatever SOURCE states.")
+    ] = False,
+    allow_missing: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="Go on without missing and unreadable pictures; the data set is then marked as partial.",
+        ),
+    ] = False,
+    no_decode: Annotated[
+        bool,
+        typer.Option(
+            "--no-decode", help="Look only at the beginning of each picture: quicker, and finds less."
+        ),
+    ] = False,
+    note: Annotated[
+        str,
+        typer.Option(
+            help="Who wrote the captions, under what terms; goes into checkpoints.",
+            metavar="TEXT",
+            show_default=False,
+        ),
+    ] = "",
+    threads: Threads = 0,
+) -> None:
+    """Make one checked, split data set of pictures and captions, ready for captioner train.
+
+    SOURCE is a file or folder of captions: COCO's JSON, Karpathy's splits, Flickr token files, a CSV, TSV or
+    JSON Lines file of paths and captions, a folder of pictures with .txt files, MSVD or MSR-VTT. There may be
+    several; val=FILE says which split one is.
+
+    Prints what was found and what was left out; the whole report is DIR/report.json.
+
+    Exit code: 0 if the data set was written; 1 if pictures are missing or unreadable and --allow-missing was
+    not given (only the report was written then); 2 if nothing could be done.
+    """
+    with _mistakes():
+        from captioner_training.prepare import prepare as run
+
+        prepared = run(
+            sources,
+            images or [],
+            output,
+            format=format.value if format else None,
+            lists=split or [],
+            val=val,
+            test=test,
+            seed=seed,
+            resplit=resplit,
+            allow_missing=allow_missing,
+            decode=not no_decode,
+            threads=threads or None,
+            note=note,
+        )
+        for line in prepared.lines():
+            _print(_printable(line))
+    if prepared.stopped:
+        _say(f"pictures are missing or unreadable: see {output / 'report.json'}")
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="coco2017 or coco2014.", metavar="SET")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where it goes.", metavar="DIR")],
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="annotations, val or train; may be repeated. [default: all, 20 GB and more]", metavar="NAME"
+        ),
+    ] = None,
+    sha256: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A checksum that you trust: train2017.zip=HEX; may be repeated.", metavar="FILE=HEX"
+        ),
+    ] = None,
+    mirror: Annotated[
+        str,
+        typer.Option(
+            help="Another server with the paths of images.cocodataset.org.", metavar="URL", show_default=False
+        ),
+    ] = "",
+    keep_archives: Annotated[
+        bool, typer.Option("--keep-archives", help="Do not delete zip files that have been unpacked.")
+    ] = False,
+) -> None:
+    """Fetch COCO, go on with what was interrupted, check and unpack it.
+
+    Without a network it says what to fetch by hand, and where to put it.
+    """
+    with _mistakes():
+        from captioner_training.download import OFFICIAL
+        from captioner_training.download import download as run
+
+        sums = {pair.partition("=")[0]: pair.partition("=")[2] for pair in sha256 or []}
+        for line in run(
+            name,
+            output,
+            parts=part or [],
+            mirror=mirror or OFFICIAL,
+            sha256=sums,
+            keep_archives=keep_archives,
+        ):
+            _print(_printable(line))
+
+
+# --------------------------------------------------------------------------------------------------
 # train and evaluate
 
 
@@ -651,6 +828,80 @@ def train(
 
 
 @app.command()
+def compare(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A YAML config: what all runs share. [default: configs/compare.yaml, for Flickr8k]",
+            metavar="[CONFIG]",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path, typer.Option(help="The folder that the config's paths are relative to.", metavar="DIR")
+    ] = Path(),
+    output: Annotated[Path, typer.Option(help="Where runs and report go.", metavar="DIR")] = Path(
+        "runs/compare"
+    ),
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A config key and its values; may be repeated. [default: decoder.cell=rnn_tanh,gru,lstm and "
+            "decoder.attention=none,dot,additive]",
+            metavar="KEY=VALUE,…",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination.", metavar="N")] = 3,
+    pictures: Annotated[
+        int,
+        typer.Option(min=0, help="Train on N random pictures of each source; 0: on all.", metavar="N"),
+    ] = 0,
+    validation_pictures: Annotated[
+        int, typer.Option(min=0, help="Validate on N random pictures of each set; 0: on all.", metavar="N")
+    ] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Runs at a time, a thread each; 0: one a core.", metavar="N")
+    ] = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for cached features. [default: OUTPUT/cache]", metavar="DIR")
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Train a small grid of models on equal terms and write a report about them.
+
+    Every combination of the values of --vary is trained with several seeds, from scratch, all else equal. The
+    report is OUTPUT/report.html. Interrupt it, and the same line goes on; what is finished is kept.
+
+    Exit code: 0 if all runs finished; 1 if some failed (the report is about the others); 2 if nothing could
+    be done; 130 after Ctrl-C.
+    """
+    with _mistakes():
+        from captioner_training import compare as comparing
+        from captioner_training.config import load_config
+
+        done = comparing.compare(
+            load_config(config or comparing.default_config()),
+            data,
+            output,
+            vary=vary or comparing.DEFAULT_VARY,
+            seeds=seeds,
+            pictures=pictures,
+            validation_pictures=validation_pictures,
+            jobs=jobs,
+            device=device,
+            cache_folder=cache,
+            command=shlex.join(["captioner", *sys.argv[1:]]),
+            say=_print,
+        )
+        for run, why in done.failures.items():
+            _say(f"{run} failed: {why}")
+        if done.report is not None:
+            _print(str(done.report))
+    if done.failures:
+        raise typer.Exit(FAILED if done.finished else UNUSABLE)
+
+
+@app.command()
 def calibrate(
     config: Annotated[
         Path, typer.Argument(help="The config that the model was trained with.", metavar="CONFIG")
@@ -680,12 +931,20 @@ def evaluate(
     model: Model = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Captions in COCO's format; or, with --config, the data folder.", metavar="FILE"),
+        typer.Option(
+            help="Captions in COCO's format, or a folder made by captioner prepare; with --config the folder "
+            "that its paths are relative to.",
+            metavar="PATH",
+        ),
     ] = None,
+    split: Annotated[
+        str, typer.Option(help="Which file of a prepared folder: train, val or test.", metavar="NAME")
+    ] = "val",
     images: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder or tar of the pictures; may be repeated. [default: beside the captions]",
+            help="Folder or tar of the pictures; may be repeated. [default: as the captions say, or beside "
+            "them]",
             metavar="PATH",
         ),
     ] = None,
@@ -699,7 +958,9 @@ def evaluate(
     results: Annotated[
         Path | None,
         typer.Option(
-            help="Score these captions, in COCO's results format, instead of generating.", metavar="FILE"
+            help="Score these captions, in COCO's results format or another (docs/evaluation.md), instead of "
+            "generating.",
+            metavar="FILE",
         ),
     ] = None,
     annotations: Annotated[
@@ -722,44 +983,79 @@ def evaluate(
             help="squash, crop or letterbox the pictures. [default: as the model does]", metavar="HOW"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    training: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Captions that the model was trained on, to count novel ones; may be repeated. "
+            "[default: the sources of --config, or train.json of a prepared folder]",
+            metavar="FILE",
+        ),
+    ] = None,
+    published: Annotated[
+        PublishedData,
+        typer.Option(help="Published results to print beside: auto, flickr8k, flickr30k, coco or none."),
+    ] = PublishedData.auto,
+    spice: Annotated[
+        bool | None,
+        typer.Option("--spice/--no-spice", help="Run SPICE too. [default: if its models are there]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Score captions: BLEU, METEOR, ROUGE-L, CIDEr.
+    """Score captions: BLEU, METEOR, ROUGE-L, CIDEr, SPICE.
 
-    All by the official code, with bootstrap intervals.
+    All by the official code, with bootstrap intervals, beside published results; and what papers leave out.
 
     Either generates a caption for every picture of --data (once, with the model), or scores --results.
     """
     with _mistakes():
-        from captioner_training.metrics import evaluate_files, format_table
+        from captioner_training.scoring import Evaluation, evaluate_files
 
-        scores: dict[str, Any]
+        chosen = {"beam": beam, "length_penalty": length_penalty}
+        for name, value in {
+            **{"model": model, "data": data, "config": config, "images": images, "highest": highest},
+            **{"save_results": save_results, "fit": fit, **chosen},
+        }.items():
+            if results is not None and value:
+                _fail(f"--{name.replace('_', '-')} is for generating, and --results has captions already")
+        evaluations: dict[str, Evaluation]
         if results is not None:
             if annotations is None:
                 _fail("--results needs --annotations: the references in COCO's captions format")
-            scores = {results.name: evaluate_files(results, annotations)}
+            evaluation = evaluate_files(
+                results, annotations, spice=spice, training=training or [], compare=published.value
+            )
+            evaluations = {evaluation.name: evaluation}
         elif data is None:
             _fail("give --data (captions in COCO's format), or --results with --annotations")
+        elif annotations is not None:
+            _fail("--annotations needs --results; the captions of pictures to generate for are --data")
         else:
             from captioner_training.evaluate import evaluate as run
 
-            chosen = {"beam": beam, "length_penalty": length_penalty}
-            scores = run(
+            evaluations = run(
                 _load(model, device),
                 data,
                 images=images or [],
+                split=split,
                 highest=highest,
                 config=config,
                 fit=fit.value if fit else None,
                 save_results=save_results,
                 options={k: v for k, v in chosen.items() if v is not None},
+                spice=spice,
+                training=training or [],
+                compare=published.value,
+                progress=sys.stderr.isatty(),
             )
         if as_json:
-            _print(_dumps({name: s.to_dict() for name, s in scores.items()}, indent=2))
+            records = {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
+            for name, record in records.items():
+                for warning in record["warnings"]:
+                    _say(f"{name}: {warning}")
+            _print(_dumps(records if config is not None else next(iter(records.values())), indent=2))
             return
-        for name, s in scores.items():
-            _print(f"{name}\n{format_table(s)}")
+        _print("\n\n".join(evaluation.format() for evaluation in evaluations.values()))
 
 
 if __name__ == "__main__":

@@ -614,6 +614,140 @@ def test_a_missing_extra_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) 
 
 
 # --------------------------------------------------------------------------------------------------
+# evaluate
+
+
+OFFICIAL = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"]
+
+
+def write_captions(folder: str = "my data") -> Path:
+    """Write six pictures and people's captions of them."""
+    Path(folder, "images").mkdir(parents=True)
+    data: dict[str, Any] = {"images": [], "annotations": []}
+    for number, picture in enumerate(pictures(6), 1):
+        Image.fromarray(picture).save(Path(folder, "images", f"{number}.png"))
+        data["images"].append({"id": number, "file_name": f"{number}.png"})
+        for text in (f"A dog and {number} cats!", "a man on a horse"):
+            data["annotations"].append({"image_id": number, "caption": text})
+    path = Path(folder, "some captions.json")
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score without METEOR and the official tokenizer, which take seconds to start."""
+    from captioner_training import metrics
+
+    monkeypatch.setattr(metrics, "_tokenize", lambda texts: [text.lower().strip("!") for text in texts])
+    monkeypatch.setattr(
+        metrics, "_meteor", lambda captions, _: (0.25, [0.25] * len(captions), np.ones((len(captions), 23)))
+    )
+
+
+def test_evaluate_results_of_any_system(run: Run) -> None:
+    """The real metrics, with paths that have spaces and ids that are text."""
+    annotations = write_captions()
+    results = [{"image_id": str(n), "caption": f"a dog and {n} cats"} for n in (1, 2, 3, 4, 5)]
+    Path("the results.json").write_text(json.dumps([*results, {"image_id": "77", "caption": "a bus"}]))
+    outcome = run("evaluate", "--results", "the results.json", "--annotations", annotations, "--json")
+    assert outcome.code == 0
+    record = json.loads(outcome.out)
+    assert list(record)[:7] == OFFICIAL
+    # 25 words, all of which match, against references of 30
+    assert record["Bleu_1"] == pytest.approx(np.exp(1 - 30 / 25))
+    assert record["ROUGE_L"] == pytest.approx(5 / 6)
+    assert 0 < record["METEOR"] < 1 < record["CIDEr"] < 10
+    assert (record["images"], record["missing"], record["missing_count"]) == (6, [6], 1)
+    assert (record["ignored"], record["partial"]) == (1, False)
+    assert [line.partition(": ")[2] for line in outcome.complaints] == record["warnings"]
+    assert any("1 of 6 pictures have no caption and count as empty: 6" in w for w in record["warnings"])
+    assert any("CIDEr is not comparable" in w for w in record["warnings"])
+
+
+@pytest.mark.usefixtures("no_java")
+def test_evaluate_generates_first(run: Run) -> None:
+    annotations = write_captions("flickr8k")
+    outcome = run("evaluate", "--data", annotations, "--save-results", "said.json", "--json", "--beam", 2)
+    assert outcome.code == 0, outcome.err
+    made = json.loads(outcome.out)
+    assert set(OFFICIAL) < made.keys()
+    assert made["model"] == "lively"
+    assert made["seconds_per_image"] > 0
+    assert 0 <= made["confidence"]["error"] <= 1
+    assert {row["method"] for row in made["published"]} > {"soft attention, VGG"}
+    said = [entry["caption"] for entry in json.loads(Path("said.json").read_text())]
+    direct = run("caption", *[f"flickr8k/images/{n}.png" for n in range(1, 7)], "--json", "--beam", 2)
+    assert said == [record["caption"] for record in direct.records]
+    scored = json.loads(run("evaluate", "--results", "said.json", "--annotations", annotations, "--json").out)
+    assert {key: scored[key] for key in (*OFFICIAL, "intervals", "length", "distinct", "warnings")} == {
+        key: made[key] for key in (*OFFICIAL, "intervals", "length", "distinct", "warnings")
+    }
+    # what captioner writes of files can be scored as it is
+    Path("records.json").write_text(direct.out)
+    records = json.loads(
+        run("evaluate", "--results", "records.json", "--annotations", annotations, "--json").out
+    )
+    assert {key: records[key] for key in OFFICIAL} == {key: made[key] for key in OFFICIAL}
+
+
+@pytest.mark.usefixtures("no_java")
+def test_evaluate_prints_a_table_beside_published_ones(run: Run) -> None:
+    annotations = write_captions("flickr8k")
+    outcome = run("evaluate", "--data", annotations)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err == ""
+    lines = outcome.out.splitlines()
+    assert lines[0] == "some captions: 6 pictures, captions by lively"
+    assert [line.split()[0] for line in lines[2:9]] == [
+        *("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+    ]
+    for start in ("length ", "vocabulary ", "distinct ", "novel ", "confidence ", "time ", "warning: CIDEr "):
+        assert any(line.startswith(start) for line in lines), start
+    assert "[1] Xu et al. 2015, Show, Attend and Tell, arXiv 1502.03044, table 1" in lines
+    assert "Xu et al." not in run("evaluate", "--data", annotations, "--published", "none").out
+
+
+@pytest.mark.usefixtures("no_java")
+def test_evaluate_with_a_config_gives_a_record_a_set(run: Run) -> None:
+    write_captions("data")
+    source = '{annotations: "some captions.json", images: [images]'
+    Path("config.yaml").write_text(
+        f"name: x\ndata:\n  sources: {{all: {source}}}}}\n"
+        f"  validation: {{all: {source}}}, few: {source}, only_highest: 2}}}}\n"
+        "encoder: {name: efficientnet_lite0, size: 64}\n"
+        "decoder: {}\nstages: [{name: a, sources: {all: 1}, epochs: 1, learning_rate: 0.001}]\n"
+    )
+    outcome = run("evaluate", "--config", "config.yaml", "--data", "data", "--json")
+    assert outcome.code == 0, outcome.err
+    assert {name: record["images"] for name, record in json.loads(outcome.out).items()} == {
+        "all": 6,
+        "few": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "give --data (captions in COCO's format), or --results with --annotations"),
+        (["--results", "r.json"], "--results needs --annotations"),
+        (["--data", "d.json", "--annotations", "a.json"], "--annotations needs --results"),
+        (["--results", "r.json", "--annotations", "a.json", "--beam", 3], "--beam is for generating"),
+        (["--results", "r.json", "--data", "d.json"], "--data is for generating"),
+        (["--results", "r.json", "--annotations", "a.json"], "a.json: cannot be read: No such file"),
+        (["--data", "d.json"], "d.json: cannot be read: No such file"),
+        (["--data", "."], "there is no val.json in it"),
+    ],
+)
+def test_wrong_wishes_of_evaluate(arguments: list[str], reason: str, run: Run) -> None:
+    outcome = run("evaluate", *arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    (line,) = outcome.complaints
+    assert reason in line
+
+
+# --------------------------------------------------------------------------------------------------
 # In a process of its own
 
 

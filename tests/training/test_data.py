@@ -168,6 +168,87 @@ def test_what_is_no_tar_is_named(tmp_path):
             PictureStore([tmp_path / name])
 
 
+def note(folder, **info):
+    """Write down what captioner prepare does."""
+    edit(folder, lambda data: data.update(info=info))
+
+
+def test_pictures_where_the_annotations_say(tmp_path):
+    write_shapes(tmp_path / "data")
+    (tmp_path / "data" / "pictures").rename(tmp_path / "elsewhere")
+    for place in ("../elsewhere", str(tmp_path / "elsewhere")):
+        note(tmp_path / "data", images=[place])
+        data = load_data_set("shapes", source(images=[]), tmp_path / "data")
+        assert len(data) == 24
+        assert data.store.read(data.pictures[0].file)
+    # what the config says goes first
+    with pytest.raises(DataError, match="pictures: no such folder or tar file"):
+        load_data_set("shapes", source(), tmp_path / "data")
+
+
+@pytest.mark.parametrize("images", [None, [], "elsewhere", [3]])
+def test_annotations_that_do_not_say_where_the_pictures_are(tmp_path, images):
+    write_shapes(tmp_path)
+    note(tmp_path, images=images)
+    with pytest.raises(
+        DataError, match=r"shapes\.json: it does not say where its pictures are.*captioner prepare"
+    ):
+        load_data_set("shapes", source(images=[]), tmp_path)
+
+
+def test_a_partial_data_set_is_one(tmp_path):
+    write_shapes(tmp_path)
+    assert not load_data_set("shapes", source(), tmp_path).partial
+    note(tmp_path, partial=True, missing_pictures=3)
+    data = load_data_set("shapes", source(), tmp_path)
+    assert data.partial
+    assert data.info["missing_pictures"] == 3
+    note(tmp_path, partial=False)
+    assert not load_data_set("shapes", source(), tmp_path).partial
+
+
+def test_a_file_that_stands_there_twice(tmp_path):
+    """Half of the ids might be validation: the same picture would be on both sides."""
+    write_shapes(tmp_path)
+    edit(tmp_path, lambda data: data["images"][23].update(file_name=data["images"][0]["file_name"]))
+    for config in (source(), source(skip_highest=4), source(only_highest=4)):
+        with pytest.raises(
+            DataError, match=r"red-circle-white\.png stands there twice, with the ids 100 and 123"
+        ):
+            load_data_set("shapes", config, tmp_path)
+
+
+def test_captions_without_a_picture_and_videos(tmp_path):
+    write_shapes(tmp_path)
+    edit(tmp_path, lambda data: data["annotations"].append({"image_id": 7, "caption": "x"}))
+    with pytest.raises(ScoreError, match=r"\"image_id\" 7 is not the \"id\" of any of the images"):
+        load_data_set("shapes", source(), tmp_path)
+    edit(tmp_path, lambda data: data["annotations"].pop())
+    note(tmp_path, media="video")
+    with pytest.raises(DataError, match="captions of videos"):
+        load_data_set("shapes", source(), tmp_path)
+
+
+def test_where_several_hold_a_name(tmp_path):
+    for number, name in enumerate(("a.tar", "b.tar")):
+        write_tar(tmp_path / name, {"./one.jpg": b"%d" % number * 9, f"{number}.jpg": b"x"})
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "one.jpg").write_bytes(b"folder")
+    paths = [tmp_path / "folder", tmp_path / "a.tar", tmp_path / "b.tar"]
+    store = PictureStore(paths)
+    assert store.places("one.jpg") == [paths[1], paths[2], paths[0]]
+    assert store.read("one.jpg") == b"0" * 9
+    assert [store.read("one.jpg", place=p) for p in paths] == [b"folder", b"0" * 9, b"1" * 9]
+    assert store.read("one.jpg", 3) == b"000"
+    assert store.read("one.jpg", 3, place=paths[0]) == b"fol"
+    assert (store.size("one.jpg"), store.size("1.jpg")) == (9, 1)
+    assert sorted(store.names()) == ["0.jpg", "1.jpg", "one.jpg", "one.jpg"]
+    assert store.places("absent") == []
+    assert "zero\0byte" not in store
+    with pytest.raises(DataError, match="absent: no such picture"):
+        store.size("absent")
+
+
 def test_chunks_cover_everything_once():
     assert [list(c) for c in chunks(range(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
     assert list(chunks([], 3)) == []

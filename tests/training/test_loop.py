@@ -1,21 +1,37 @@
 """Training: it learns, resumes to the bit, leaves alone what is frozen, and keeps the best checkpoint."""
 
+import contextlib
+import errno
 import multiprocessing
+import os
 import random
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from captioner_training import experiment
+from captioner_training import experiment, loop, state
 from captioner_training.config import ConfigError
 from captioner_training.data import DataError, load_data_set
 from captioner_training.loop import train
 from captioner_training.metrics import Scores
-from shape_data import COMBINATIONS, QuickScorer, captions, log_of, make_config, same, stage, state_of
+from captioner_training.state import TrainingError
+from captioner_training.workers import run_together
+from shape_data import (
+    COMBINATIONS,
+    QuickScorer,
+    captions,
+    log_of,
+    make_config,
+    same,
+    stage,
+    state_of,
+    write_shapes,
+)
 
 from captioner import Captioner
-from captioner.checkpoint import read_header
+from captioner.checkpoint import read_header, write_atomically
 from captioner.encoder import Encoder
 
 # --------------------------------------------------------------------------------------------------
@@ -178,20 +194,52 @@ RESUMABLE = {
 }
 
 
-def train_quickly(data: Path, output: Path, cache: Path) -> None:
+def train_quickly(data: Path, output: Path, cache: Path, processes: int) -> None:
     """Train in a process of its own, to be killed."""
     torch.set_num_threads(1)
     experiment.Scorer = QuickScorer
-    train(make_config(**RESUMABLE), data, output, cache_folder=cache, processes=1)
+    loop.run_together = run_quickly_together
+    train(make_config(**RESUMABLE), data, output, cache_folder=cache, processes=processes)
 
 
-def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path, data, cache):
-    """Bit for bit: weights, averages, optimiser, random numbers and the checkpoint."""
+def run_quickly_together(work, count, *arguments):
+    run_together(run_quickly, count, *arguments)
+
+
+def run_quickly(*arguments):
+    """Train in one of several processes."""
+    torch.set_num_threads(1)
+    experiment.Scorer = QuickScorer
+    loop.run(*arguments)
+
+
+def kill_all(process) -> None:
+    """Kill a process and then those that it started: they may be in the midst of anything."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(1, 5), (2, 3)])
+def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path, data, cache, processes, kills):
+    kill_and_compare(tmp_path, data, cache, processes, kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(tmp_path, data, cache, processes):
+    kill_and_compare(tmp_path, data, cache, processes, kills=20)
+
+
+def kill_and_compare(folder: Path, data: Path, cache: Path, processes: int, kills: int) -> None:
+    """Bit for bit: weights, averages, optimiser, the log and the checkpoint."""
     context = multiprocessing.get_context("forkserver")  # a fresh process, with torch imported already
     context.set_forkserver_preload(["captioner_training.loop", "captioner_training.metrics"])
 
     def start(output: Path):
-        process = context.Process(target=train_quickly, args=(data, output, cache))
+        process = context.Process(target=train_quickly, args=(data, output, cache, processes))
         process.start()
         return process
 
@@ -204,37 +252,108 @@ def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path, data, cac
         while process.is_alive() and saved() == before:
             time.sleep(0.002)
 
-    process = start(tmp_path / "whole")
-    wait_for_a_save(tmp_path / "whole", process)
+    process = start(folder / "whole")
+    wait_for_a_save(folder / "whole", process)
     begun = time.monotonic()
     process.join()
     assert process.exitcode == 0
-    pause = (time.monotonic() - begun) / 8  # it saves three times in each of three epochs
+    # it saves three times in each of three epochs
+    pause = (time.monotonic() - begun) / max(8, kills)
 
-    chance, places, killed = random.Random(5), set(), 0
-    output = tmp_path / "parts"
+    chance, places, killed = random.Random(5), [], 0
+    output = folder / "parts"
     while True:
         process = start(output)
-        wait_for_a_save(output, process)  # or it would never come to an end
-        if killed < 5:
+        if killed < 2 * kills // 3:  # or it would never come to an end
+            wait_for_a_save(output, process)
             time.sleep(chance.uniform(0, pause))
-            process.kill()
-        process.join()
+        elif killed < kills:  # before it has saved anything: twice from the same place
+            time.sleep(chance.uniform(0, 2 * pause))
+        if killed < kills and process.is_alive():
+            kill_all(process)
+            process.join()
+        else:
+            process.join()
         if process.exitcode == 0:
             break
         assert process.exitcode == -9
         killed += 1
         progress = state_of(output)["progress"]  # whole, whenever it was killed
-        places.add((progress["stage"], progress["epoch"], progress["step"]))
-    assert killed >= 3
-    assert len(places) == killed
+        places.append((progress["stage"], progress["epoch"], progress["step"]))
+    assert killed >= min(kills, 3)
     assert any(step for _, _, step in places)  # in the midst of an epoch
-    assert same(state_of(output), state_of(tmp_path / "whole"))
-    best = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("parts", "whole")]
+    assert same(state_of(output), state_of(folder / "whole"))
+    best = [(folder / name / "model.safetensors").read_bytes() for name in ("parts", "whole")]
     assert best[0] == best[1]
-    assert not list(output.glob(".*"))[killed:]  # no more than a half-written file for each kill
-    stages = [(line["stage"], line["epoch"]) for line in log_of(output)]
-    assert list(dict.fromkeys(stages)) == [("first", 1), ("first", 2), ("second", 1)]
+    assert len(list(output.glob(".*"))) <= killed  # no more than a half-written file for each kill
+    logs = [[{**line, "minutes": 0} for line in log_of(folder / name)] for name in ("parts", "whole")]
+    assert logs[0] == logs[1]
+    assert [(line["stage"], line["epoch"]) for line in logs[0]] == [("first", 1), ("first", 2), ("second", 1)]
+
+
+class FullDisk:
+    """Stands in for writing: the disk is full after some files."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def __call__(self, path: Path, content: bytes) -> None:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= 1
+        write_atomically(path, content)
+
+
+def test_a_full_disk_leaves_the_last_good_state(tmp_path, data, cache, quick, monkeypatch):
+    def run(output):
+        train(make_config(**RESUMABLE), data, output, cache_folder=cache, processes=1)
+
+    run(tmp_path / "whole")
+    monkeypatch.setattr(state, "write_atomically", FullDisk(4))
+    with pytest.raises(TrainingError, match=r"state\.pt: the state cannot be saved: No space left") as caught:
+        run(tmp_path / "full")
+    assert "\n" not in str(caught.value)
+    kept = state_of(tmp_path / "full")["progress"]
+    assert (kept["stage"], kept["epoch"], kept["step"]) == (0, 1, 20)
+    monkeypatch.undo()
+    monkeypatch.setattr(experiment, "Scorer", QuickScorer)
+    run(tmp_path / "full")
+    assert same(state_of(tmp_path / "full"), state_of(tmp_path / "whole"))
+
+
+def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_state(
+    tmp_path, data, cache, quick, monkeypatch
+):
+    real, calls = loop.caption_loss, []
+
+    def spoilt(*arguments, **options):
+        calls.append(1)
+        return real(*arguments, **options) * (float("nan") if len(calls) == 60 else 1.0)
+
+    monkeypatch.setattr(loop, "caption_loss", spoilt)
+    where = r"the loss is nan at stage 'first', epoch 2, batch 12: .* last good state is in"
+    with pytest.raises(TrainingError, match=where) as caught:
+        train(make_config(**RESUMABLE), data, tmp_path, cache_folder=cache, processes=1)
+    assert "\n" not in str(caught.value)
+    kept = state_of(tmp_path)
+    assert (kept["progress"]["epoch"], kept["progress"]["step"]) == (1, 0)
+    assert all(t.isfinite().all() for t in kept["model"].values())
+
+
+def test_data_that_changed_is_not_trained_on_as_if_nothing_had_happened(tmp_path, cache, quick):
+    folder = write_shapes(tmp_path / "data")
+    train(make_config(), folder, tmp_path / "run", cache_folder=cache, processes=1)
+    text = (folder / "shapes.json").read_text()
+    (folder / "shapes.json").write_text(text.replace("a red circle", "a round circle"))
+    with pytest.raises(ConfigError, match=r"state\.pt is of other data: .* vocabulary have changed"):
+        train(make_config(), folder, tmp_path / "run", cache_folder=cache, processes=1)
+
+
+def test_a_damaged_state_is_a_mistake_in_one_line(tmp_path, data, cache, quick):
+    (tmp_path / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(ConfigError, match=r"state\.pt: not a state that can be resumed") as caught:
+        train(make_config(), data, tmp_path, cache_folder=cache, processes=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_state_of_another_config_is_a_mistake_in_one_line(tmp_path, data, cache, quick):
@@ -256,3 +375,183 @@ def test_a_device_that_is_not_there_is_a_mistake(tmp_path, data):
     for device in ("cuda:99", "abacus"):
         with pytest.raises(ValueError, match=device):
             train(make_config(), data, tmp_path, device=device, processes=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# ways of training
+
+
+def trained(output: Path, data: Path, caches: Path, /, *stages, **changes) -> list[dict]:
+    """Train, and return the log."""
+    train(make_config(list(stages) or None, **changes), data, output, cache_folder=caches, processes=1)
+    return log_of(output)
+
+
+STEADY = {"hidden": 24, "embedding": 16, "cells": 16, "attention_width": 8, "dropout": 0.0}
+
+
+def test_a_batch_computed_in_parts_gives_the_same_weights(tmp_path, data, cache, quick):
+    states = []
+    for parts in (1, 3):
+        output = tmp_path / str(parts)
+        trained(output, data, cache, stage(accumulate=parts, learning_rate=1e-3), decoder=STEADY)
+        states.append(state_of(output)["model"])
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_without_a_cache_the_same_is_learned(tmp_path, data, cache, quick):
+    logs = [
+        trained(tmp_path / str(kept), data, tmp_path / "caches", cache=kept, decoder=STEADY)
+        for kept in (True, False)
+    ]
+    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-3)  # the cache holds 16 bits
+    assert {path.name.split("-")[0] for path in (tmp_path / "caches").iterdir()} == {"shapes", "shapes_val"}
+
+
+def test_crops_are_shown(tmp_path, data, cache, quick):
+    plain = trained(tmp_path / "plain", data, cache, decoder=STEADY)
+    cropped = trained(tmp_path / "crops", data, tmp_path / "cache", decoder=STEADY, crops=2)
+    assert cropped[0]["loss"] != plain[0]["loss"]
+    assert cropped[0]["loss"] == pytest.approx(plain[0]["loss"], abs=0.3)
+
+
+def test_mixed_precision_trains_almost_as_well(tmp_path, data, cache, quick):
+    stages = [stage(sources={"shapes": 4}), stage(name="second", trainable_blocks=1)]
+    full = trained(tmp_path / "full", data, cache, *stages, decoder=STEADY)
+    half = trained(tmp_path / "half", data, cache, *stages, decoder=STEADY, mixed_precision="bf16")
+    for a, b in zip(full, half, strict=True):
+        assert a["loss"] != b["loss"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
+    assert {t.dtype for t in state_of(tmp_path / "half")["model"].values()} <= {torch.float32, torch.int64}
+
+
+def test_scheduled_sampling_makes_the_task_harder(tmp_path, data, cache, quick):
+    """Only towards the end of the stage: at its beginning the probability is 0."""
+    usual = {"sources": {"shapes": 24}, "epochs": 2, "learning_rate": 8e-3, "schedule": "constant"}
+    decoder = BY_HEART["decoder"]
+    sampled = trained(
+        tmp_path / "sampled", data, cache, stage(**usual, scheduled_sampling=1.0), decoder=decoder
+    )
+    plain = trained(tmp_path / "plain", data, cache, stage(**usual), decoder=decoder)
+    assert sampled[1]["loss"] > plain[1]["loss"] + 0.05
+    assert sampled[1]["loss"] - plain[1]["loss"] > sampled[0]["loss"] - plain[0]["loss"]
+
+
+def test_layer_normalisation_trains(tmp_path, data, cache, quick):
+    log = trained(
+        tmp_path,
+        data,
+        cache,
+        stage(sources={"shapes": 16}, epochs=2, learning_rate=8e-3),
+        decoder={**STEADY, "layer_norm": True},
+    )
+    assert log[1]["loss"] < log[0]["loss"]
+    captioner = Captioner.load(tmp_path / "model.safetensors", device="cpu")
+    assert captioner.model.decoder.config.layer_norm
+
+
+def test_values_of_the_gradient_are_clipped(tmp_path, data, cache, quick):
+    log = trained(tmp_path, data, cache, stage(clip_value=1e-6))
+    count = sum(t.numel() for n, t in state_of(tmp_path)["model"].items() if n.startswith("decoder"))
+    assert 0 < log[0]["gradient_norm"] <= 1e-6 * count**0.5
+
+
+def test_training_stops_early_when_captions_get_no_better(tmp_path, data, cache, monkeypatch):
+    told = iter([0.5, 0.7, 0.6, 0.7, 0.1, 0.2])
+
+    class Scripted(QuickScorer):
+        def score(self, generated, **options):
+            return Scores({"CIDEr": next(told)}, {}, len(generated), len(generated))
+
+    monkeypatch.setattr(experiment, "Scorer", Scripted)
+    config = make_config([stage(epochs=10, patience=2), stage(name="second", epochs=2)])
+    train(config, data, tmp_path, cache_folder=cache, processes=1)
+    places = [(line["stage"], line["epoch"]) for line in log_of(tmp_path)]
+    assert places == [*(("first", n) for n in (1, 2, 3, 4)), ("second", 1), ("second", 2)]
+    assert read_header(tmp_path / "model.safetensors").summary["epoch"] == 2
+    train(config, data, tmp_path, cache_folder=cache, processes=1)  # and is not taken up again
+    assert len(log_of(tmp_path)) == 6
+
+
+def test_epochs_are_averaged_and_the_mean_is_kept(tmp_path, data, cache, quick):
+    trained(
+        tmp_path,
+        data,
+        cache,
+        stage(sources={"shapes": 8}, epochs=3, average=0.0, average_epochs=2, learning_rate=8e-3),
+    )
+    saved = state_of(tmp_path)
+    assert len(saved["average"]["ends"]) == 2
+    assert saved["average"]["values"] == []
+
+
+def test_tensorboard_tells_losses_scores_and_pictures(tmp_path, data, cache, quick):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained(tmp_path, data, cache, stage(epochs=2), tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/gradient_norm", "train/learning_rate", "CIDEr/shapes_val"} <= set(
+        tags["scalars"]
+    )
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    mean = sum(e.value for e in events.Scalars("train/loss")[:3]) / 3
+    assert mean == pytest.approx(log_of(tmp_path)[0]["loss"], abs=1e-5)
+    assert len(tags["images"]) == 4
+
+
+def test_a_trained_captioner_goes_on_with_new_words(tmp_path, data, learned, quick, capsys):
+    folder = write_shapes(tmp_path / "data")
+    text = (folder / "shapes.json").read_text()
+    (folder / "shapes.json").write_text(text.replace(" circle on", " roundel on"))
+    config = make_config(
+        [stage(sources={"shapes": 32}, epochs=2, learning_rate=8e-3)],
+        encoder=None,
+        decoder=None,
+        start={"model": str(learned / "model.safetensors"), "dropout": 0.0},
+    )
+    train(config, folder, tmp_path / "run", cache_folder=tmp_path / "cache", processes=1)
+    told = capsys.readouterr().err
+    assert "1 new word: roundel" in told
+    log = log_of(tmp_path / "run")
+    assert [(line["stage"], line["epoch"]) for line in log] == [("start", 0), ("first", 1), ("first", 2)]
+    assert log[0]["best"] <= 18 / 24  # it says circle
+    assert log[-1]["best"] > 0.8
+    old, new = (read_header(path / "model.safetensors") for path in (learned, tmp_path / "run"))
+    assert new.tokenizer["vocabulary"][: len(old.tokenizer["vocabulary"])] == old.tokenizer["vocabulary"]
+    assert new.summary["started_from"]["name"] == "shapes"
+    assert new.summary["encoder_weights"] == old.summary["encoder_weights"]
+    captioner = Captioner.load(tmp_path / "run" / "model.safetensors", device="cpu")
+    said = captioner.caption((folder / "pictures" / "red-circle-white.png").read_bytes()).text
+    assert "roundel" in said
+
+
+def test_what_it_started_from_is_kept_if_nothing_better_comes(tmp_path, data, cache, learned, monkeypatch):
+    told = iter([0.9, 0.5])
+
+    class Scripted(QuickScorer):
+        def score(self, generated, **options):
+            return Scores({"CIDEr": next(told)}, {}, len(generated), len(generated))
+
+    monkeypatch.setattr(experiment, "Scorer", Scripted)
+    start = {"model": str(learned / "model.safetensors")}
+    trained(tmp_path, data, cache, stage(), encoder=None, decoder=None, start=start)
+    assert read_header(tmp_path / "model.safetensors").summary["stage"] == "start"
+
+
+def test_self_critical_training_raises_the_reward(tmp_path, data, learned, quick):
+    start = {"model": str(learned / "model.safetensors"), "new_words": False}
+    log = trained(
+        tmp_path / "run",
+        data,
+        tmp_path / "cache",
+        stage(objective="self_critical", sources={"shapes": 8}, epochs=3, learning_rate=2e-3),
+        encoder=None,
+        decoder=None,
+        start=start,
+    )
+    rewards = [line["reward"] for line in log[1:]]
+    assert "loss" not in log[1]
+    assert rewards[-1] > rewards[0] > 0

@@ -18,49 +18,17 @@ from captioner_training.metrics import (
     Scorer,
     Scores,
     bootstrap,
-    evaluate_files,
     format_table,
+    load_annotations,
     load_references,
-    load_results,
     score,
 )
+from metric_data import FAST, GENERATED, REFERENCES, coco, put_models, results, spice, write
 
-FAST = ("BLEU", "ROUGE_L", "CIDEr")
+__all__ = ["spice"]  # a fixture
 
-REFERENCES = {
-    11: ["A man rides a brown horse.", "A person on a horse, in a field!", "the man is riding"],
-    3: ["Two dogs run on the grass.", "A couple of dogs are running through grass"],
-    7: ["A café with a red sign; people sit outside.", "People at a café", "It's the bus no."],
-    20: ["5 children play football", "Kids playing soccer (on a lawn)", "..."],
-    5: ["A plate of food 😀 on a table", "Some food on a white plate ||| next to a fork"],
-    8: ["A kite in the sky.", "Someone flies a kite on the beach"],
-}
-GENERATED = {
-    3: "two dogs are running on grass",
-    11: "a man on a horse ||| in a field",
-    7: "People sit at a café.",
-    20: "",
-    5: "a white plate with food",
-    8: "a kite in the sky",  # equal to a reference
-}
-
-
-def coco(references):
-    """Return these references in COCO's caption format."""
-    pairs = [(key, text) for key, texts in references.items() for text in texts]
-    return {
-        "images": [{"id": key, "file_name": f"{key}.jpg"} for key in references],
-        "annotations": [{"id": n, "image_id": key, "caption": text} for n, (key, text) in enumerate(pairs)],
-    }
-
-
-def results(generated):
-    return [{"image_id": key, "caption": text} for key, text in generated.items()]
-
-
-def write(path, data):
-    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
-    return path
+OFFICIAL = {f"BLEU-{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)}
+OFFICIAL |= {"METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr"}
 
 
 # characters at which Java would end a line, in the middle of a caption
@@ -82,13 +50,14 @@ print(json.dumps(found[0].to_dict(per_image=True)))
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Score in a thread of another process, in a folder and a locale that do not suit Java."""
-    folder = tmp_path_factory.mktemp("unwritable")
+    folder = tmp_path_factory.mktemp("un writable")
+    temporary = tmp_path_factory.mktemp("für alles Mögliche")
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
     hostile = {"LC_ALL": "de_DE", "JAVA_TOOL_OPTIONS": "-Duser.language=de -Dfile.encoding=US-ASCII"}
     done = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", "-c", SCRIPT],
         cwd=folder,
-        env=os.environ | hostile | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | hostile | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)},
         input=json.dumps([UNTIDY, REFERENCES]),
         capture_output=True,
         text=True,
@@ -102,13 +71,17 @@ def scores(run):
     """All metrics of `GENERATED`: METEOR takes long to start, so the tests share one run."""
     assert run.returncode == 0, run.stderr
     record = json.loads(run.stdout)
-    del record["partial"]
-    record["per_image"] = {
-        name: {int(key): value for key, value in values.items()}
-        for name, values in record["per_image"].items()
-    }
-    record["intervals"] = {name: tuple(interval) for name, interval in record["intervals"].items()}
-    return Scores(**record)
+    ours = {theirs: name for name, theirs in OFFICIAL.items()}
+    return Scores(
+        corpus={name: record[theirs] for name, theirs in OFFICIAL.items()},
+        per_image={
+            ours[name]: {int(key): value for key, value in values.items()}
+            for name, values in record["per_image"].items()
+        },
+        images=record["images"],
+        total_images=record["total_images"],
+        intervals={ours[name]: tuple(interval) for name, interval in record["intervals"].items()},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +116,12 @@ def official(tmp_path_factory):
 
 
 def test_numbers_are_the_official_ones(scores, official):
-    names = {f"BLEU-{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)}
-    names |= {"METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr"}
-    assert list(scores.corpus) == list(names)
-    for ours, theirs in names.items():
+    assert list(scores.corpus) == list(OFFICIAL)
+    for ours, theirs in OFFICIAL.items():
         assert scores.corpus[ours] == pytest.approx(official.eval[theirs], abs=1e-12), ours
     assert set(scores.per_image) == {"BLEU-4", "METEOR", "ROUGE-L", "CIDEr"}
     for ours, values in scores.per_image.items():
-        theirs = {key: image[names[ours]] for key, image in official.imgToEval.items()}
+        theirs = {key: image[OFFICIAL[ours]] for key, image in official.imgToEval.items()}
         assert values == pytest.approx(theirs, abs=1e-12), ours
 
 
@@ -310,39 +281,44 @@ def test_captions_that_cannot_be_scored(generated, references, message):
 
 def test_unknown_metrics():
     scorer = Scorer({1: ["a dog"]})
-    for asked in (["BLEU", "SPICE"], []):
-        with pytest.raises(ScoreError, match=f"unknown metric: .*; choose from {', '.join(METRICS)}"):
+    for asked in (["BLEU", "WER"], []):
+        with pytest.raises(ScoreError, match=f"unknown metric: .*; choose from {', '.join(METRICS)}, SPICE"):
             scorer.score({1: "a dog"}, metrics=asked)
 
 
 # --- files --------------------------------------------------------------------------------------
 
 
-def test_files_give_what_score_gives(scores, tmp_path):
-    annotations = coco(REFERENCES)
-    annotations["images"].append({"id": 99, "file_name": "no-captions.jpg"})
+def test_references_and_who_has_none(tmp_path):
+    annotations = coco(REFERENCES | {99: [], 98: [" ", ""]}) | {"info": {"partial": True}}
     path = write(tmp_path / "annotations.json", annotations)
     references, images = load_references(path)
-    assert references == REFERENCES
-    assert list(references) == list(REFERENCES)
+    assert references == REFERENCES | {98: [" ", ""]}
     assert images == annotations["images"]
-    found = write(tmp_path / "results.json", results(GENERATED))
-    assert load_results(found) == GENERATED
-    from_files = evaluate_files(found, path, metrics=FAST)
-    assert not from_files.partial
-    assert from_files.corpus == {name: scores.corpus[name] for name in from_files.corpus}
+    found = load_annotations(path)
+    assert found.references == REFERENCES
+    assert list(found.references) == list(REFERENCES)
+    assert found.without == (99, 98)
+    assert found.images == annotations["images"]
+    assert found.partial
+    assert not load_annotations(write(path, coco(REFERENCES))).partial
 
 
-def test_results_for_a_part_of_the_images_are_marked(tmp_path):
-    part = {key: GENERATED[key] for key in (8, 3, 5)}
-    annotations = write(tmp_path / "annotations.json", coco(REFERENCES))
-    scores = evaluate_files(write(tmp_path / "results.json", results(part)), annotations, metrics=FAST)
-    assert scores.partial
-    assert (scores.images, scores.total_images) == (3, 6)
-    alone = score(part, {key: REFERENCES[key] for key in (3, 5, 8)}, metrics=FAST)
-    assert scores.corpus == alone.corpus
-    assert scores.to_dict()["partial"] is True
-    assert format_table(scores).count("partial: 3 of 6 images") == len(scores.corpus)
+def test_without_images_those_that_have_captions_are_meant(tmp_path):
+    annotations = coco(REFERENCES)
+    del annotations["images"]
+    path = write(tmp_path / "annotations.json", annotations)
+    assert load_annotations(path).references == REFERENCES
+    assert [image["id"] for image in load_annotations(path).images] == list(REFERENCES)
+    with pytest.raises(ScoreError, match='the key "images" is missing'):
+        load_references(path)  # there are no file names then
+
+
+def test_ids_that_pandas_wrote(tmp_path):
+    path = write(
+        tmp_path / "annotations.json", coco({float(key): texts for key, texts in REFERENCES.items()})
+    )
+    assert [repr(key) for key in load_annotations(path).references] == [repr(key) for key in REFERENCES]
 
 
 GOOD = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
@@ -363,6 +339,7 @@ GOOD = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a dog
         (GOOD | {"annotations": [{"image_id": "1", "caption": ""}]}, '"image_id" \'1\' is not the "id" of'),
         (GOOD | {"annotations": [{"image_id": 1, "caption": 2}]}, '"caption" must be a string, not a number'),
         (GOOD | {"annotations": []}, "holds no captions"),
+        (GOOD | {"annotations": [{"image_id": 1, "caption": " "}]}, "holds no captions"),
     ],
 )
 def test_annotation_files_that_are_wrong(data, message, tmp_path):
@@ -373,39 +350,48 @@ def test_annotation_files_that_are_wrong(data, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ("", "is not JSON"),
-        ({"1": "a dog"}, "expected a list .* not an object"),
-        ([], "the list holds no captions"),
-        ([{"image_id": 1}], 'entry 0: the key "caption" is missing'),
-        ([{"caption": "a dog"}], 'entry 0: the key "image_id" is missing'),
-        (
-            [{"image_id": True, "caption": "a"}],
-            '"image_id" must be an integer or a string, not true or false',
-        ),
-        ([{"image_id": 1, "caption": None}], 'entry 0: "caption" must be a string, not null'),
-        (results({1: "a"}) * 2, 'entry 1: "image_id" 1 occurs twice'),
-        (results({"1": "a"}), r"are strings \(first: '1'\) where .*annotations.json has numbers"),
-        (results({1: "a", 4: "b"}), r'1 of 2 "image_id" values have no reference captions .*\(first: 4\)'),
-    ],
-)
-def test_result_files_that_are_wrong(data, message, tmp_path):
-    annotations = write(tmp_path / "annotations.json", GOOD)
-    path = write(tmp_path / "results.json", data)
-    with pytest.raises(ScoreError, match=message) as caught:
-        evaluate_files(path, annotations)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
-
-
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ScoreError, match=r"none.json: cannot be read: No such file"):
-        load_results(tmp_path / "none.json")
+        load_references(tmp_path / "none.json")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ScoreError, match=r"bytes.json: is not JSON"):
         load_references(tmp_path / "bytes.json")
+
+
+# --- SPICE --------------------------------------------------------------------------------------
+
+
+def test_nothing_is_downloaded_for_spice(spice):
+    assert "stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar, in " in metrics.spice_missing()
+    (spice.lib / "stanford-corenlp-3.6.0.jar").touch()
+    assert "its models, stanford-corenlp-3.6.0-models.jar, in " in metrics.spice_missing()
+    with pytest.raises(ScoreError, match=str(spice.lib)):
+        metrics._spice(["a dog"], [["a dog"]])
+    put_models(spice.lib)
+    assert metrics.spice_missing() is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for Java is a script")
+def test_spice_where_its_models_are(spice):
+    put_models(spice.lib)
+    spice("")
+    captions, references = ["a dog", "ein Café", ""], [["a dog"], ["a cat", "ein Café"], ["a bus"]]
+    assert metrics._spice(captions, references) == [1.0, 1.0, 0.0]
+    spice("java.lang.reflect.InaccessibleObjectException", "")  # the second Java does it
+    assert metrics._spice(captions, references) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for Java is a script")
+def test_spice_says_which_java_it_cannot_run_on(spice):
+    put_models(spice.lib)
+    spice("java.lang.reflect.InaccessibleObjectException: no", "java.lang.OutOfMemoryError")
+    with pytest.raises(ScoreError) as caught:
+        metrics._spice(["a dog"], [["a dog"]])
+    assert str(caught.value) == (
+        "SPICE, written for Java 8, cannot run on openjdk version 8 2099: "
+        "java.lang.reflect.InaccessibleObjectException: no; "
+        "nor on openjdk version 9 2099: java.lang.OutOfMemoryError"
+    )
 
 
 # --- output -------------------------------------------------------------------------------------
@@ -416,21 +402,30 @@ def test_table_and_record():
         corpus={"BLEU-4": 0.3251, "CIDEr": 1.0349},
         per_image={"CIDEr": {7: 1.0349}},
         images=5000,
-        total_images=5000,
+        total_images=5001,
         intervals={"CIDEr": (1.0211, 1.0502)},
+        missing=(7, "b"),
     )
     assert format_table(scores).splitlines() == [
         "x 100    score   95 % interval",
         "BLEU-4    32.5",
         "CIDEr    103.5   102.1 to 105.0",
-        "5000 images",
     ]
     record = json.loads(json.dumps(scores.to_dict()))
     assert record == {
-        "images": 5000,
-        "total_images": 5000,
-        "partial": False,
-        "corpus": {"BLEU-4": 0.3251, "CIDEr": 1.0349},
+        "Bleu_4": 0.3251,
+        "CIDEr": 1.0349,
         "intervals": {"CIDEr": [1.0211, 1.0502]},
+        "images": 5000,
+        "total_images": 5001,
+        "missing_count": 2,
+        "missing": [7, "b"],
+        "partial": False,
     }
     assert scores.to_dict(per_image=True)["per_image"] == {"CIDEr": {7: 1.0349}}
+
+
+def test_every_score_of_a_partial_set_says_so():
+    scores = Scores({"BLEU-4": 0.3, "CIDEr": 1.0}, {}, 10, 10, partial=True)
+    assert [line.endswith("partial") for line in format_table(scores).splitlines()] == [False, True, True]
+    assert scores.to_dict()["partial"] is True

@@ -11,7 +11,7 @@ import pytest
 import torch
 from captioner_training import experiment, loop
 from captioner_training.workers import Workers, run_together
-from shape_data import QuickScorer, make_config, stage, write_shapes
+from shape_data import QuickScorer, log_of, make_config, stage, write_shapes
 
 
 def run_quickly(*arguments):
@@ -148,3 +148,39 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     while any(alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(alive(child) for child in children)
+
+
+LAUNCHED = """
+import sys
+from pathlib import Path
+
+import torch
+from captioner_training import experiment, loop
+from shape_data import QuickScorer, log_of, make_config, stage
+
+torch.set_num_threads(1)
+experiment.Scorer = QuickScorer
+decoder = {"hidden": 24, "embedding": 16, "cells": 16, "attention_width": 8, "dropout": 0.0}
+config = make_config([stage(epochs=2, learning_rate=1e-3)], decoder=decoder)
+loop.train(config, Path(sys.argv[1]), Path(sys.argv[2]), cache_folder=Path(sys.argv[3]), processes=1)
+"""
+
+
+def test_accelerate_launches_two_processes_with_the_losses_of_one(tmp_path, data, cache):
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    logs = []
+    for name, how in (("one", []), ("two", launch)):
+        output = tmp_path / name
+        command = [sys.executable, *how, str(script), str(data), str(output), str(cache)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        logs.append(log_of(output))
+    assert len(logs[0]) == len(logs[1]) == 2
+    for one, two in zip(*logs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["validation"] == one["validation"]

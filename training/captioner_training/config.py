@@ -201,7 +201,7 @@ class TrainingConfig(_Strict):
     """Random crops of each picture beside the whole; with a cache so many, else a new one every time."""
     cache: bool = True
     """Keep what the frozen blocks of the encoder give; without, every picture is read and encoded anew."""
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["none", "bf16"] = "none"
     compile: bool = False
     """Compile the decoder's steps with torch.compile."""
     tensorboard: bool = True

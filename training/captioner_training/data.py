@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import tarfile
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from captioner_training.config import SourceConfig
 from captioner_training.metrics import load_references
+
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -18,7 +23,10 @@ class DataError(ValueError):
 
 
 class PictureStore:
-    """Reads pictures by name out of folders and uncompressed tar files, from any thread."""
+    """Reads pictures by name out of folders and uncompressed tar files, from any thread.
+
+    Where several hold a name the first tar counts, then the first folder.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Index the folders and tars.
@@ -27,7 +35,8 @@ class PictureStore:
             DataError: if a path is missing or is neither a folder nor a tar.
         """
         self._folders: list[Path] = []
-        self._members: dict[str, tuple[Path, int, int]] = {}
+        self._members: dict[str, tuple[Path, int, int]] = {}  # name -> tar, offset, size
+        self._more: dict[str, list[tuple[Path, int, int]]] = {}  # where further tars hold the name, too
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
         for path in paths:
@@ -36,39 +45,104 @@ class PictureStore:
                 continue
             try:
                 with tarfile.open(path, "r:") as tar:
-                    for member in tar:
-                        if member.isfile():
-                            self._members[member.name] = (path, member.offset_data, member.size)
+                    members = {_plain(m.name): (path, m.offset_data, m.size) for m in tar if m.isfile()}
             except FileNotFoundError:
-                raise DataError(f"{path}: no such folder or tar file; is --data right?") from None
+                raise DataError(f"{path}: no such folder or tar file; check the path") from None
             except (tarfile.TarError, OSError) as error:
-                raise DataError(f"{path}: neither a folder nor an uncompressed tar file ({error})") from None
+                raise DataError(
+                    f"{path}: neither a folder nor an uncompressed tar file ({error}); unpack it first"
+                ) from None
+            for name, member in members.items():
+                if self._members.setdefault(name, member) is not member:
+                    self._more.setdefault(name, []).append(member)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._members or any((folder / name).is_file() for folder in self._folders)
+        return _plain(name) in self._members or self._folder(name) is not None
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a picture.
+    def _folder(self, name: str) -> Path | None:
+        for folder in self._folders:
+            with contextlib.suppress(ValueError):  # a name with a zero byte
+                if (folder / name).is_file():
+                    return folder
+        return None
+
+    def places(self, name: str) -> list[Path]:
+        """Return the folders and tars that hold a picture of this name; the first is the one that is read."""
+        found = (
+            [self._members[_plain(name)], *self._more.get(_plain(name), [])]
+            if _plain(name) in self._members
+            else []
+        )
+        return [path for path, _, _ in found] + [f for f in self._folders if (f / name).is_file()]
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of all files, those in sub-folders with their path."""
+        yield from self._members
+        for folder in self._folders:
+            for here, files in walk(folder):
+                prefix = here.relative_to(folder)
+                yield from ((prefix / file).as_posix() for file in files)
+
+    def size(self, name: str) -> int:
+        """Return the number of bytes of a picture.
 
         Raises:
             DataError: if it is not there.
         """
-        if name in self._members:
-            path, offset, size = self._members[name]
-            with self._lock:
-                if path not in self._files:
-                    self._files[path] = os.open(path, os.O_RDONLY)
-            return os.pread(self._files[path], size, offset)
-        for folder in self._folders:
-            if (folder / name).is_file():
-                return (folder / name).read_bytes()
-        raise DataError(f"{name}: no such picture among the images of its data set")
+        if _plain(name) in self._members:
+            return self._members[_plain(name)][2]
+        return (self._holder(name) / name).stat().st_size
+
+    def read(self, name: str, limit: int | None = None, *, place: Path | None = None) -> bytes:
+        """Return the bytes of a picture, at most the first ``limit``.
+
+        Args:
+            name: as in the annotations.
+            limit: None for all.
+            place: one of `places`; the first if None.
+
+        Raises:
+            DataError: if it is not there.
+        """
+        members = [self._members[_plain(name)]] if _plain(name) in self._members else []
+        for path, offset, size in members + self._more.get(_plain(name), []):
+            if place is None or place == path:
+                with self._lock:
+                    if path not in self._files:
+                        self._files[path] = os.open(path, os.O_RDONLY)
+                return os.pread(self._files[path], size if limit is None else min(size, limit), offset)
+        with open((place or self._holder(name)) / name, "rb") as file:
+            return file.read(-1 if limit is None else limit)
+
+    def _holder(self, name: str) -> Path:
+        folder = self._folder(name)
+        if folder is None:
+            raise DataError(f"{name}: no such picture among the images of its data set")
+        return folder
 
     def close(self) -> None:
         """Close the tar files."""
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and those below it, each once, with their files; hidden folders are left out."""
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:  # links that lead in a circle
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(here), sorted(files)
+
+
+def _plain(name: str) -> str:
+    """Return a name as tars are searched for it: ``tar cf x.tar .`` writes ``./`` before each."""
+    return name.removeprefix("./")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +156,24 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """The pictures of one source, in id order, and where their bytes are."""
+    """The pictures of one source, in id order, and where their bytes are.
+
+    ``info`` is what the annotation file says of itself; ``partial`` that pictures of the original set are
+    missing, so that no score is comparable with those of others.
+    """
 
     name: str
     pictures: tuple[Picture, ...]
     store: PictureStore
+    info: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    @property
+    def partial(self) -> bool:
+        """Whether ``captioner prepare --allow-missing`` left pictures out."""
+        return self.info.get("partial") is True
 
     def references(self) -> dict[int | str, list[str]]:
         """Return the captions by picture id, as the metrics want them."""
@@ -100,11 +184,26 @@ def load_data_set(name: str, config: SourceConfig, root: Path) -> DataSet:
     """Read the annotations, pick the pictures that the config asks for, and find their files.
 
     Raises:
-        DataError: for missing files or pictures, or when nothing is left to use.
+        DataError: for missing files or pictures, a file that stands there twice, or when nothing is left.
+        ScoreError: for annotations that are not in COCO's format.
     """
     annotations = root / config.annotations
     references, images = load_references(annotations)
-    store = PictureStore([root / path for path in config.images])
+    info = load_info(annotations)
+    if info.get("media") == "video":
+        raise DataError(f"{annotations}: these are captions of videos; training is on pictures")
+    places = [root / path for path in config.images] or info_images(annotations, info)
+    store = PictureStore(places)
+    files: dict[str, Any] = {}
+    for image in images:
+        file = image.get("file_name")
+        if isinstance(file, str) and file in files:
+            raise DataError(
+                f"{annotations}: {file} stands there twice, with the ids {files[file]} and {image['id']}: "
+                "give several annotations to one image; captioner prepare does that"
+            )
+        if isinstance(file, str):
+            files[file] = image["id"]
     images = sorted(images, key=lambda image: (isinstance(image["id"], str), image["id"]))
     if config.skip_highest:
         images = images[: -config.skip_highest]
@@ -119,14 +218,38 @@ def load_data_set(name: str, config: SourceConfig, root: Path) -> DataSet:
         if not isinstance(image.get("file_name"), str):
             raise DataError(f"{annotations}: image {image['id']} has no file_name")
         if image["file_name"] not in store:
-            raise DataError(f"{annotations}: {image['file_name']} is not among {', '.join(config.images)}")
+            raise DataError(
+                f"{annotations}: {image['file_name']} is not among {', '.join(config.images) or places[0]}"
+            )
         pictures.append(Picture(image["id"], image["file_name"], captions))
     if not pictures:
         raise DataError(f"{annotations}: no picture with a caption is left for data set {name!r}")
-    return DataSet(name, tuple(pictures), store)
+    return DataSet(name, tuple(pictures), store, info)
 
 
-def chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def load_info(annotations: Path) -> dict[str, Any]:
+    """Return the ``info`` of an annotation file in COCO's format; empty if there is none."""
+    data = json.loads(annotations.read_text(encoding="utf-8-sig"))
+    info = data.get("info") if isinstance(data, dict) else None
+    return info if isinstance(info, dict) else {}
+
+
+def info_images(annotations: Path, info: Mapping[str, Any]) -> list[Path]:
+    """Return the folders and tars of pictures that `captioner prepare` noted in the annotations.
+
+    Raises:
+        DataError: if it noted none.
+    """
+    images = info.get("images")
+    if not isinstance(images, list) or not images or not all(isinstance(path, str) for path in images):
+        raise DataError(
+            f"{annotations}: it does not say where its pictures are: name folders or tars under images: in "
+            "the config, or make the data set with captioner prepare"
+        )
+    return [annotations.parent / path for path in images]
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Yield consecutive pieces of at most ``size`` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from captioner.batch import ahead
+from captioner.calibration import content_share
 from captioner.captioner import Captioner
-from captioner.checkpoint import write_atomically
 from captioner.encoder import GridFeatures, encode
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions, search
-from captioner.tokenizer import detokenize
-from captioner_training.config import SourceConfig, load_config
+from captioner.tokenizer import detokenize, split_words
+from captioner_training.calibrate import calibration_error
+from captioner_training.config import SourceConfig, TrainingConfig, load_config
 from captioner_training.data import DataError, DataSet, chunks, load_data_set
 from captioner_training.features import FeatureCache, load_pixels
-from captioner_training.metrics import Scores, score
+from captioner_training.metrics import Annotations, ScoreError, Scorer, load_annotations, spice_missing
+from captioner_training.results import save_results as write_results
+from captioner_training.scoring import Evaluation, assess, choose_published, training_captions
 
 _BATCH = 32
 
@@ -44,29 +48,101 @@ def generate(
         cache: features of these pictures under the model's encoder; without it they are computed.
         progress: show a bar.
     """
-    batches = list(chunks(range(len(data)), _BATCH))
     encoder = copy.deepcopy(model.encoder).eval().optimise() if cache is None else model.encoder
+    tokenizer = model.tokenizer
+    continues = (
+        None
+        if tokenizer.kind == "word"
+        else np.array([tokenizer.piece(i).startswith("##") for i in range(len(tokenizer))])
+    )
 
     def features(batch: Sequence[int]) -> GridFeatures:
         if cache is not None:
             return cache.grid_features(batch)
-        with torch.inference_mode():
-            return encode(encoder, *load_pixels(data, batch, encoder))
+        return encode(encoder, *load_pixels(data, batch, encoder))
 
     captions: dict[int | str, str] = {}
+    for batch, grid in _looked_at(data, features, progress):
+        with torch.inference_mode():
+            found = search(model.decoder, model.memory(grid.to(model.device)), options, continues=continues)
+        for index, hypotheses in zip(batch, found, strict=True):
+            captions[data.pictures[index].id] = detokenize(tokenizer, hypotheses[0].tokens)
+    return captions
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """What a captioner said of a data set, by picture id.
+
+    Attributes:
+        captions: one for each picture.
+        confidences: how sure the captioner was of each, 0 to 1.
+        shares: the share of each caption's content words that people's captions of the picture contain.
+        seconds: for all pictures, from files to words.
+    """
+
+    captions: dict[int | str, str]
+    confidences: dict[int | str, float]
+    shares: dict[int | str, float]
+    seconds: float
+
+    def confidence(self, calibrated: bool) -> dict[str, Any]:
+        """Return a record of how well the confidences are calibrated, ready for JSON."""
+        told, right = np.array([*self.confidences.values()]), np.array([*self.shares.values()])
+        varied = len(told) > 1 and told.std() > 0 and right.std() > 0
+        return {
+            "mean": float(told.mean()),
+            "content_share": float(right.mean()),
+            "error": calibration_error(told, right),
+            "correlation": float(np.corrcoef(told, right)[0, 1]) if varied else None,
+            "calibrated": calibrated,
+        }
+
+
+def caption_data(
+    captioner: Captioner, data: DataSet, options: Mapping[str, Any], *, progress: bool = False
+) -> Generated:
+    """Caption every picture of a data set once, with confidences.
+
+    Args:
+        captioner: the captions are those of `captioner.Captioner.caption_batch`.
+        data: the pictures and people's captions of them.
+        options: of the search, by name.
+        progress: show a bar.
+    """
+    encoder = captioner.model.encoder
+    found = Generated({}, {}, {}, 0.0)
+    start = time.perf_counter()
+    for batch, grid in _looked_at(data, lambda b: encode(encoder, *load_pixels(data, b, encoder)), progress):
+        for index, caption in zip(batch, captioner.caption_batch(grid, **options), strict=True):
+            picture = data.pictures[index]
+            found.captions[picture.id] = caption.text
+            found.confidences[picture.id] = caption.confidence
+            found.shares[picture.id] = content_share(
+                [word.text for word in caption.words], [split_words(text) for text in picture.captions]
+            )
+    return replace(found, seconds=time.perf_counter() - start)
+
+
+def _looked_at(
+    data: DataSet, features: Callable[[Sequence[int]], GridFeatures], progress: bool
+) -> Iterator[tuple[Sequence[int], GridFeatures]]:
+    """Yield the pictures in batches with their features, which threads compute ahead."""
+    batches = list(chunks(range(len(data)), _BATCH))
+
+    def work(batch: Sequence[int]) -> GridFeatures:
+        with torch.inference_mode():
+            return features(batch)
+
     threads = torch.get_num_threads()
-    computed = ahead(features, batches, threads, initializer=lambda: torch.set_num_threads(1))
+    computed = ahead(work, batches, threads, initializer=lambda: torch.set_num_threads(1))
     try:
-        for batch, grid in zip(
-            batches, tqdm(computed, total=len(batches), desc=data.name, disable=not progress), strict=True
-        ):
-            with torch.inference_mode():
-                found = search(model.decoder, model.memory(grid.to(model.device)), options)
-            for index, hypotheses in zip(batch, found, strict=True):
-                captions[data.pictures[index].id] = detokenize(model.tokenizer, hypotheses[0].tokens)
+        with tqdm(total=len(data), desc=data.name, unit="picture", disable=not progress) as bar:
+            for batch, grid in zip(batches, computed, strict=True):
+                yield batch, grid
+                bar.update(len(batch))
     finally:
         torch.set_num_threads(threads)
-    return captions
 
 
 def evaluate(
@@ -75,49 +151,122 @@ def evaluate(
     *,
     images: Sequence[Path] = (),
     highest: int = 0,
+    split: str = "val",
     config: Path | None = None,
     fit: str | None = None,
     save_results: Path | None = None,
     options: dict[str, Any] | None = None,
-) -> dict[str, Scores]:
+    spice: bool | None = None,
+    training: Sequence[Path] = (),
+    compare: str = "auto",
+    progress: bool = True,
+) -> dict[str, Evaluation]:
     """Caption data sets with a loaded captioner and score them by the official metrics.
 
     Args:
         captioner: the model.
-        data: captions in COCO's format; with ``config`` the folder that its paths are relative to.
-        images: folders and tars of the pictures; the folder of ``data``, its folder ``images`` and its tar
-            files if empty.
+        data: captions in COCO's format, or a folder that ``captioner prepare`` made; with ``config`` the
+            folder that its paths are relative to.
+        images: folders and tars of the pictures; if empty, those that ``data`` names, else the folder of
+            ``data``, its folder ``images`` and its tar files.
         highest: only so many pictures, those with the highest ids.
+        split: which file of a prepared folder: ``train``, ``val`` or ``test``.
         config: evaluate on the validation sets of this training config.
         fit: another way to fit pictures into the square.
         save_results: write the captions here, in COCO's results format.
         options: of the search, by name.
+        spice: run SPICE too; None: if its models are there.
+        training: files of the captions that the model was trained on, in COCO's format; if empty, the
+            sources of ``config``, or what stands beside ``data`` in a prepared folder.
+        compare: the data set whose published results to print, ``none``, or ``auto`` to guess it.
+        progress: show a bar.
 
     Raises:
         DataError, ScoreError, ConfigError: for data that cannot be used.
     """
-    if config is not None:
-        settings = load_config(config)
-        sets = {name: load_data_set(name, c, data) for name, c in settings.data.validation.items()}
+    settings = None if config is None else load_config(config)
+    if settings is not None:
+        sources = dict(settings.data.validation)
+        root = data
     else:
-        places = [str(path.absolute()) for path in images] or _places(data)
-        source = SourceConfig(annotations=data.name, images=places, only_highest=highest)
-        sets = {data.stem: load_data_set(data.stem, source, data.absolute().parent)}
-    if save_results is not None and len(sets) > 1:
-        raise DataError("--save-results needs one data set; give it with --data and not --config")
+        path = _annotations(data, split)
+        root = path.absolute().parent
+        places = [str(p.absolute()) for p in images]
+        if not places and not load_annotations(path).info.get("images"):
+            places = _places(path)
+        sources = {path.stem: SourceConfig(annotations=path.name, images=places, only_highest=highest)}
+    if save_results is not None:
+        if len(sources) > 1:
+            raise DataError("--save-results needs one data set; give it with --data and not --config")
+        if not save_results.absolute().parent.is_dir():
+            raise DataError(f"{save_results}: there is no folder {save_results.parent} to write it into")
     if fit is not None:
         preprocess = captioner.model.encoder.preprocess
         resize = None if fit != "crop" else preprocess.resize
         captioner.model.encoder.preprocess = replace(preprocess, fit=fit, resize=resize)
-    search_options = captioner.options(**(options or {}))
-    scores = {}
+    chosen = options or {}
+    captioner.check(**chosen)
+    if spice and (lacking := spice_missing()):
+        raise ScoreError(lacking)
+    # all that can fail comes before the captions, which take long
+    known = {name: load_annotations(root / source.annotations) for name, source in sources.items()}
+    sets = {name: load_data_set(name, source, root) for name, source in sources.items()}
+    learned = {
+        name: training_captions(training, known[name], root / source.annotations)
+        for name, source in sources.items()
+    }
+    if settings is not None and not training:
+        learned = dict.fromkeys(sources, _learned(settings, root))
+    references = {name: _references(data_set, known[name]) for name, data_set in sets.items()}
+    scorers = {name: Scorer(texts) for name, texts in references.items()}
+    evaluations = {}
     for name, data_set in sets.items():
-        captions = generate(captioner.model, data_set, search_options, progress=True)
+        generated = caption_data(captioner, data_set, chosen, progress=progress)
         if save_results is not None:
-            results = [{"image_id": i, "caption": c} for i, c in captions.items()]
-            write_atomically(save_results, json.dumps(results, ensure_ascii=False).encode())
-        scores[name] = score(captions, data_set.references())
-    return scores
+            write_results(save_results, generated.captions)
+        place = root / sources[name].annotations
+        evaluations[name] = replace(
+            assess(
+                name,
+                generated.captions,
+                references[name],
+                known[name],
+                scorer=scorers[name],
+                spice=spice,
+                training=learned[name],
+                compare=choose_published(compare, known[name], place, name),
+            ),
+            confidence=generated.confidence(captioner.calibration is not None),
+            seconds_per_image=generated.seconds / len(data_set),
+            model=captioner.header.name,
+        )
+    return evaluations
+
+
+def _annotations(data: Path, split: str) -> Path:
+    """Return the file that is meant by a file or a prepared folder."""
+    if not data.is_dir():
+        return data
+    path = data / f"{split}.json"
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in data.glob("*.json"))) or "no JSON file"
+        raise DataError(f"{data}: there is no {split}.json in it ({there}); name the file, or --split")
+    return path
+
+
+def _references(data: DataSet, annotations: Annotations) -> dict[Any, list[str]]:
+    """Return people's captions as they stand in the file, as a file of results is scored with."""
+    wanted = {picture.id for picture in data.pictures}
+    return {key: texts for key, texts in annotations.references.items() if key in wanted}
+
+
+def _learned(settings: TrainingConfig, root: Path) -> list[str] | None:
+    """Return the captions of a config's sources; None if they are not all there."""
+    try:
+        sets = [load_data_set(name, source, root) for name, source in settings.data.sources.items()]
+    except (DataError, ScoreError, OSError):
+        return None
+    return [caption for data in sets for picture in data.pictures for caption in picture.captions]
 
 
 def _places(data: Path) -> list[str]:

@@ -149,7 +149,10 @@ class Experiment:
                     self.cache_folder, data, encoder, config.flips, blocks, crops=config.crops
                 ).build()
             else:
-                found[name] = LivePictures(data, encoder, config.flips, blocks, crops=config.crops)
+                half = config.mixed_precision == "bf16"
+                found[name] = LivePictures(
+                    data, encoder, config.flips, blocks, crops=config.crops, half=half
+                )
         return found
 
     def validation_features(self) -> dict[str, FeatureCache]:

