@@ -806,11 +806,19 @@ def train(
         Path | None, typer.Option(help="Folder for cached features. [default: OUTPUT/cache]", metavar="DIR")
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=0, help="Processes that share the work; 0: one a core.", metavar="N")
+        int, typer.Option(min=0, help="Processes that share the work on a CPU; 0: one a core.", metavar="N")
     ] = 0,
-    device: Device = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto (a CUDA GPU if there is one, else the CPU), cpu, cuda or mps.", metavar="NAME"
+        ),
+    ] = "auto",
 ) -> None:
-    """Train a captioner, or go on with a run that stopped."""
+    """Train a captioner, or go on with a run that stopped.
+
+    On several GPUs: accelerate launch -m captioner train ...
+    """
     with _mistakes():
         from captioner_training.config import load_config
         from captioner_training.loop import train as run
@@ -824,7 +832,8 @@ def train(
             device=device,
             processes=processes or None,
         )
-        _print(str(best))
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            _print(str(best))
 
 
 @app.command()

@@ -1,10 +1,16 @@
 """What a config describes, loaded."""
 
-import pytest
-from captioner_training import experiment
-from captioner_training.experiment import Experiment, build_encoder
-from shape_data import make_config, same
+import json
 
+import pytest
+import torch
+from captioner_training import experiment
+from captioner_training.config import ConfigError
+from captioner_training.experiment import Experiment, build_encoder
+from captioner_training.loop import train
+from shape_data import log_of, make_config, same, write_shapes
+
+from captioner.checkpoint import read_header
 from captioner.encoder import Encoder
 
 
@@ -51,3 +57,53 @@ def test_a_crop_scales_with_the_size():
         )
         preprocess = build_encoder(config.encoder).preprocess
     assert (preprocess.size, preprocess.fit, preprocess.resize) == (448, "crop", 464)
+
+
+def test_data_that_is_only_partly_there_is_told(tmp_path, data, cache, quick):
+    folder = write_shapes(tmp_path / "data")
+    text = json.loads((folder / "shapes.json").read_text())
+    (folder / "shapes.json").write_text(
+        json.dumps({**text, "info": {"partial": True, "missing_pictures": 3}})
+    )
+    train(make_config(), folder, tmp_path / "run", cache_folder=cache, processes=1)
+    assert log_of(tmp_path / "run")[0]["partial"] == ["shapes", "shapes_val"]
+    assert read_header(tmp_path / "run" / "model.safetensors").summary["partial"] == ["shapes", "shapes_val"]
+    train(make_config(), data, tmp_path / "whole", cache_folder=cache, processes=1)
+    assert "partial" not in log_of(tmp_path / "whole")[0]
+
+
+def test_pictures_that_stand_in_two_splits_are_told(data, cache):
+    twice = Experiment(make_config(), data, cache)
+    twice.prepare()
+    assert any(note.startswith("24 pictures of shapes_val are also in shapes") for note in twice.notes)
+    shapes = {"annotations": "shapes.json", "images": ["pictures"]}
+    apart = Experiment(
+        make_config(
+            data={
+                "sources": {"shapes": {**shapes, "skip_highest": 4}},
+                "validation": {"rest": {**shapes, "only_highest": 4}},
+            }
+        ),
+        data,
+        cache,
+    )
+    apart.prepare()
+    assert apart.notes == []
+
+
+def test_word_vectors_begin_the_embeddings(tmp_path, cache):
+    folder = write_shapes(tmp_path / "data")
+    vector = torch.arange(24.0) - 11.5  # the file's mean is taken off: here it is 0
+    lines = [f"{w} {' '.join(str(float(x)) for x in v)}" for w, v in (("red", vector), ("blue", -vector))]
+    (folder / "vectors.txt").write_text("\n".join([*lines, "dog" + 24 * " 0.0"]))
+    found = Experiment(make_config(word_vectors="vectors.txt"), folder, cache)
+    plain = Experiment(make_config(), folder, cache)
+    index = found.tokenizer.index
+    rows, others = (e.model.decoder.embedding.weight for e in (found, plain))
+    for word, sign in (("red", 1), ("blue", -1)):
+        correlation = torch.corrcoef(torch.stack((rows[index[word]].detach(), vector)))[0, 1]
+        assert float(correlation) == pytest.approx(sign, abs=1e-5)
+    assert torch.equal(rows[index["cross"]], others[index["cross"]])
+    assert any("vectors.txt has 2 of" in note for note in found.notes)
+    with pytest.raises(ConfigError, match=r"word_vectors: .*nowhere\.txt"):
+        Experiment(make_config(word_vectors="nowhere.txt"), folder, cache)

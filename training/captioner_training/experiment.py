@@ -103,6 +103,11 @@ class Experiment:
         assert self.config.encoder is not None
         return self.config.encoder.name
 
+    @property
+    def partial(self) -> list[str]:
+        """Names of the data sets of which pictures are missing: scores are not comparable with others'."""
+        return [name for name, data in {**self.sources, **self.validation}.items() if data.partial]
+
     def content(self) -> str:
         """Return a hash of the captions, pictures and vocabulary that are trained on."""
         digest = hashlib.sha256()
@@ -150,9 +155,7 @@ class Experiment:
                 ).build()
             else:
                 half = config.mixed_precision == "bf16"
-                found[name] = LivePictures(
-                    data, encoder, config.flips, blocks, crops=config.crops, half=half
-                )
+                found[name] = LivePictures(data, encoder, config.flips, blocks, crops=config.crops, half=half)
         return found
 
     def validation_features(self) -> dict[str, FeatureCache]:
@@ -215,9 +218,8 @@ class Experiment:
             },
             "scores": {n: {k: round(v, 4) for k, v in s.items()} for n, s in scores.items()},
         }
-        partial = [n for n, data in {**self.sources, **self.validation}.items() if data.partial]
-        if partial:
-            summary["partial"] = partial
+        if self.partial:
+            summary["partial"] = self.partial
         if self.started is not None:
             kept = {k: v for k, v in self.started.summary.items() if k not in ("started_from", "scores")}
             summary["started_from"] = {"name": self.started.name, **kept}

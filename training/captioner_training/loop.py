@@ -61,7 +61,8 @@ def train(
         data_folder: paths in the config are relative to it.
         output: folder for checkpoint, state and log.
         cache_folder: for cached features; ``output/cache`` if None. It may be shared by experiments.
-        device: where to train; under ``accelerate launch`` anything but ``cpu`` is the GPU of each process.
+        device: where to train; ``auto`` is a CUDA GPU if there is one, else the CPU. Under ``accelerate
+            launch`` anything but ``cpu`` is the GPU of each process.
         processes: that share every batch; None for one a core on a CPU, else one. ``accelerate launch``
             decides by itself.
 
@@ -70,6 +71,8 @@ def train(
         TrainingError: if the loss is no longer a number, or the disk is full.
         ValueError: for a device that is not there.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     device = str(choose_device(device))
     output.mkdir(parents=True, exist_ok=True)
     cache_folder = cache_folder or output / "cache"
@@ -335,6 +338,8 @@ def validate_and_log(
         progress["stage_best"] = max(progress["stage_best"], mean)
         record["validation"] = {n: {k: round(v, 4) for k, v in s.items()} for n, s in scores.items()}
         record["best"] = round(progress["best"], 4)
+        if experiment.partial:
+            record["partial"] = experiment.partial
         with (output / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
         tqdm.write(json.dumps(record))
