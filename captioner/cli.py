@@ -822,6 +822,7 @@ def train(
     with _mistakes():
         from captioner_training.config import load_config
         from captioner_training.loop import train as run
+        from captioner_training.workers import speaks
 
         settings = load_config(config)
         best = run(
@@ -832,7 +833,7 @@ def train(
             device=device,
             processes=processes or None,
         )
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        if speaks():
             _print(str(best))
 
 

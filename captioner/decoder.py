@@ -191,9 +191,7 @@ class Decoder(nn.Module):
         self.project = nn.Linear(feature_width, config.cells)
         self.attention = attention(config.cells, config.hidden, config.attention_width) if attention else None
         context = config.cells if attention else 0
-        self.cell = RecurrentCell(
-            config.cell, config.embedding + context, config.hidden, config.layer_norm
-        )
+        self.cell = RecurrentCell(config.cell, config.embedding + context, config.hidden, config.layer_norm)
         self.initial = nn.Linear(config.cells, self.cell.states * config.hidden)
         self.gate = nn.Linear(config.hidden, 1) if config.gate and attention else None
         self.output_state = nn.Linear(config.hidden, config.embedding)

@@ -104,7 +104,6 @@ def test_an_unknown_key_is_named(tmp_path, key):
         ("encoder.name", "efficientnet_lite9"),
         ("mixed_precision", "fp8"),
         ("crops", -1),
-        ("start", {"model": "built-in", "words": True}),
         ("stages.0.objective", "reinforce"),
         ("stages.0.samples", 1),
         ("stages.0.scheduled_sampling", 1.5),

@@ -89,9 +89,19 @@ class PictureStore:
         Raises:
             DataError: if it is not there.
         """
+        return self.stamp(name)[0]
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Return a picture's number of bytes, and when its file (or its tar) was last written, in ns.
+
+        Raises:
+            DataError: if it is not there.
+        """
         if _plain(name) in self._members:
-            return self._members[_plain(name)][2]
-        return (self._holder(name) / name).stat().st_size
+            path, _, size = self._members[_plain(name)]
+            return size, path.stat().st_mtime_ns
+        status = (self._holder(name) / name).stat()
+        return status.st_size, status.st_mtime_ns
 
     def read(self, name: str, limit: int | None = None, *, place: Path | None = None) -> bytes:
         """Return the bytes of a picture, at most the first ``limit``.

@@ -27,6 +27,7 @@ from captioner_training.features import FeatureCache, Features, LivePictures, sa
 from captioner_training.measures import common_caption_warning
 from captioner_training.metrics import Scorer
 from captioner_training.vectors import begin_with
+from captioner_training.workers import speaks
 
 LONGEST = 22
 """Of longer captions the first tokens are learned, without an end."""
@@ -152,7 +153,7 @@ class Experiment:
             if config.cache:
                 found[name] = FeatureCache(
                     self.cache_folder, data, encoder, config.flips, blocks, crops=config.crops
-                ).build()
+                ).build(progress=speaks())
             else:
                 half = config.mixed_precision == "bf16"
                 found[name] = LivePictures(data, encoder, config.flips, blocks, crops=config.crops, half=half)
@@ -161,7 +162,7 @@ class Experiment:
     def validation_features(self) -> dict[str, FeatureCache]:
         """Return the grid features of the validation pictures under the present encoder."""
         return {
-            name: FeatureCache(self.cache_folder, data, self.model.encoder, False).build()
+            name: FeatureCache(self.cache_folder, data, self.model.encoder, False).build(speaks())
             for name, data in self.validation.items()
         }
 

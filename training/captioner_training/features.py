@@ -34,7 +34,7 @@ from captioner.batch import ahead
 from captioner.checkpoint import write_atomically
 from captioner.encoder import Encoder, GridFeatures, compute, fuse, photo_mask
 from captioner.images import Fit, ImageError, Preprocess, load, open_image
-from captioner_training.data import DataError, DataSet, PictureStore, _plain, chunks
+from captioner_training.data import DataError, DataSet, chunks
 
 FORMAT = 2
 """Of the cache's files; another one makes another cache. Crops and masks belong to it."""
@@ -158,18 +158,6 @@ def _bytes(data: DataSet, index: int) -> bytes:
 
 def _content(raw: bytes) -> str:
     return hashlib.blake2b(raw, digest_size=8).hexdigest()
-
-
-def _stamp(store: PictureStore, name: str) -> tuple[int, int]:
-    """Return a picture's bytes and when its file (or its tar) was last written, in ns."""
-    if _plain(name) in store._members:
-        path, _, size = store._members[_plain(name)]
-        return size, path.stat().st_mtime_ns
-    for folder in store._folders:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            status = (folder / name).stat()
-            return status.st_size, status.st_mtime_ns
-    raise DataError(f"{name}: no such picture among the images of its data set")
 
 
 def fingerprint(network: nn.Module, preprocess: Preprocess) -> str:
@@ -320,7 +308,7 @@ class FeatureCache(_Frozen):
         """
         super().__init__(data, encoder, flips, blocks, crops)
         weights = fingerprint(encoder.network[:blocks], encoder.preprocess)
-        stamps = [_stamp(data.store, picture.file) for picture in data.pictures]
+        stamps = [data.store.stamp(picture.file) for picture in data.pictures]
         self._modified = [modified for _, modified in stamps]
         self._bytes = [size for size, _ in stamps]
         key = hashlib.sha256(f"{FORMAT} {weights} {blocks} {flips} {crops}\n".encode())

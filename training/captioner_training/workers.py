@@ -136,6 +136,11 @@ class Workers:
         self.accelerator.wait_for_everyone()
 
 
+def speaks() -> bool:
+    """Whether this process is the one of all that tells the user something."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launched() -> bool:
     """Whether this process is already one of several, as started by ``accelerate launch``."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
