@@ -113,6 +113,8 @@ class StageConfig(_Strict):
     """Cross-entropy: at most so many captions of each picture, drawn anew every time."""
     samples: Annotated[int, Field(ge=2)] = 5
     """Self-critical: captions sampled for each picture; each is judged against the mean of the others."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Self-critical: of the sampling; below 1 the samples are more like what the search says."""
     accumulate: Positive = 1
     """Parts of a batch that are computed one after the other, for large batches in little memory."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"

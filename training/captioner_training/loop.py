@@ -266,6 +266,7 @@ def objective(
             judge,
             [begins[name] + index for name, index in batch.places],
             samples=stage.samples,
+            temperature=stage.temperature,
             max_length=config.search.max_length,
             all_captions=batch.all_pictures * stage.samples,
         )

@@ -70,7 +70,7 @@ def load_state(
     advice = "choose another --output, or delete it to start anew"
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
-        saved = json.loads(state["config"])
+        saved = TrainingConfig.model_validate(json.loads(state["config"])).model_dump()
     except Exception as error:  # whatever a damaged file makes torch and pickle raise
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(f"{path}: not a state that can be resumed ({reason}): {advice}") from None
