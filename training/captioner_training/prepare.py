@@ -778,30 +778,16 @@ MANY_TO_VALIDATE = 2000
 
 
 def config_text(name: str, train: int, val: int, note: str) -> str:
-    """Return a config of a size that suits so many training and validation pictures."""
-    if train < 2000:
-        sizes = {"min_count": 2, "hidden": 256, "embedding": 128, "width": 128, "batch": 16, "average": 0.99}
-        times, epochs, rate = min(8, max(1, round(800 / train))), 12, "1.0e-3"
-        why = "small: a large one learns a few hundred pictures by heart"
-    else:
-        sizes = {"min_count": 4, "hidden": 512, "embedding": 300, "width": 256, "batch": 32, "average": 0.999}
-        times, epochs, rate, why = 1, 10, "1.0e-3", "see docs/training.md"
-        if train >= 20_000:
-            sizes.update(min_count=5, batch=64)
-    fine_tuning = f"""
-  - name: pictures # the last blocks of the encoder too, gently
-    sources: {{train: {times}}}
-    epochs: 3
-    learning_rate: 2.0e-4
-    batch_pictures: {sizes["batch"]}
-    average: {sizes["average"]}
-    trainable_blocks: 2
-    encoder_learning_rate: 3.0e-5"""
+    """Return a config that suits so many training and validation pictures.
+
+    With few the built-in captioner goes on to learn them; with many a decoder of their own begins afresh.
+    """
     some = (
         "\n      only_highest: 1000 # of its pictures, so that validation is quick"
         if val > MANY_TO_VALIDATE
         else ""
     )
+    begin, stage = _go_on(train) if train < ENOUGH_TO_BEGIN_AFRESH else _begin_afresh(train)
     return f"""\
 # Written by captioner prepare for {train:,} pictures; change it at will. docs/training.md explains every key.
 name: {name}
@@ -814,8 +800,47 @@ data: # the annotations say where the pictures are
   validation:
     val:
       annotations: val.json{some}
-# To go on from the built-in captioner, often better with few pictures, delete encoder, decoder and their keys
-# below and write instead:
+{begin}
+loss:
+  label_smoothing: 0.1
+flips: true # turn off if left and right, or anything written, matter in your captions
+stages:
+  - name: captions # the encoder as it is; its features are computed once and kept
+{stage}
+search:
+  beam: 3
+  length_penalty: 0.85
+  max_length: 25
+"""
+
+
+ENOUGH_TO_BEGIN_AFRESH = 2000
+"""With fewer training pictures a decoder that begins afresh scores lower (docs/own_pictures.md)."""
+
+
+def _go_on(train: int) -> tuple[str, str]:
+    times = max(1, round(420 / train))
+    return (
+        """\
+start: # for a captioner from nothing but an ImageNet encoder see configs/small.yaml
+  model: built-in # or the path of another checkpoint
+  new_words: true # words that it lacks are added to its vocabulary
+tokenizer:
+  min_count: 2 # of new words; rarer ones become <unk>, which is never said""",
+        f"""\
+    sources: {{train: {times}}} # how often an epoch shows each picture
+    epochs: 10
+    learning_rate: 1.0e-3
+    batch_pictures: 16
+    average: 0.98""",
+    )
+
+
+def _begin_afresh(train: int) -> tuple[str, str]:
+    count, batch = (5, 64) if train >= 20_000 else (4, 32)
+    return (
+        f"""\
+# To go on from the built-in captioner delete encoder and decoder below and write instead:
 # start:
 #   model: built-in
 encoder:
@@ -824,30 +849,28 @@ encoder:
   fit: squash
 tokenizer:
   kind: word
-  min_count: {sizes["min_count"]} # rarer words become <unk>, which is never said
-decoder: # {why}
+  min_count: {count} # rarer words become <unk>, which is never said
+decoder:
   cell: lstm
   attention: additive
-  hidden: {sizes["hidden"]}
-  embedding: {sizes["embedding"]}
-  cells: {sizes["hidden"]}
-  attention_width: {sizes["width"]}
-  dropout: 0.5
-loss:
-  label_smoothing: 0.1
-flips: true # turn off if left and right, or anything written, matter in your captions
-stages:
-  - name: captions # the encoder as it is; its features are computed once and kept
-    sources: {{train: {times}}} # how often an epoch shows each picture
-    epochs: {epochs}
-    learning_rate: {rate}
-    batch_pictures: {sizes["batch"]}
-    average: {sizes["average"]}{fine_tuning if train >= 300 else ""}
-search:
-  beam: 3
-  length_penalty: 0.7
-  max_length: 25
-"""
+  hidden: 512
+  embedding: 300
+  cells: 512
+  attention_width: 256
+  dropout: 0.5""",
+        f"""\
+    sources: {{train: 1}} # how often an epoch shows each picture
+    epochs: 10
+    learning_rate: 1.0e-3
+    batch_pictures: {batch}
+  - name: pictures # the last blocks of the encoder too, gently
+    sources: {{train: 1}}
+    epochs: 3
+    learning_rate: 2.0e-4
+    batch_pictures: {batch}
+    trainable_blocks: 2
+    encoder_learning_rate: 3.0e-5""",
+    )
 
 
 def _write_config(output: Path, report: dict[str, Any], note: str) -> list[str]:
