@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def test_pictures_are_drawn_as_the_captioner_sees_them(tmp_path: Path) -> None:
     for name, text, sheet in drawn:
         (image,) = events.Images(name)
         assert (image.step, image.width, image.height) == (5, *sheet.size)
+        shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)), float)
+        assert np.abs(shown - np.asarray(sheet, float)).mean() < 5
         (written,) = events.Tensors(f"{name}/text_summary")
         assert written.tensor_proto.string_val[0].decode() == text
 

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -99,8 +100,7 @@ class Tracker:
         """Log pictures with captions and attention, what `draw` returned."""
         if self._writer is not None:
             for name, text, sheet in drawn:
-                pixels = np.asarray(sheet.convert("RGB"))
-                self._writer.add_image(name, pixels, step, dataformats="HWC")
+                self._writer.file_writer.add_summary(_jpeg(name, sheet), step)
                 self._writer.add_text(name, text, step)
             self._writer.flush()
 
@@ -120,6 +120,18 @@ class Tracker:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _jpeg(name: str, sheet: Image.Image) -> Any:
+    """Return a summary with the picture: a PNG of photos, as ``add_image`` writes, is much larger."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    buffer = BytesIO()
+    sheet.convert("RGB").save(buffer, "JPEG", quality=85)
+    image = Summary.Image(
+        height=sheet.height, width=sheet.width, colorspace=3, encoded_image_string=buffer.getvalue()
+    )
+    return Summary(value=[Summary.Value(tag=name, image=image)])
 
 
 def any_logs(folder: Path) -> bool:
