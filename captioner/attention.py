@@ -8,9 +8,12 @@ share one picture (captions, beams): N pictures, N * G queries, those of a pictu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from captioner.shared import SharedKeys, SharedMatrices
 
 
 def masked_softmax(energies: Tensor, mask: Tensor) -> Tensor:
@@ -43,6 +46,10 @@ class AdditiveAttention(nn.Module):
         """Map cells ``(N, C, E)`` to keys ``(N, C, A)``, once for each picture."""
         return self.key(cells)
 
+    def share(self, keys: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what makes energies ``(n, C)`` of ``query(…)``, ``(n, A)``, at the steps of a long pass."""
+        return SharedKeys(keys, self.energy.weight[0]).energies
+
     def forward(self, query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """Return weights ``(N, G, C)`` for the queries ``(N * G, H)``."""
         queries = self.query(query).view(keys.shape[0], -1, 1, keys.shape[-1])
@@ -61,6 +68,10 @@ class DotProductAttention(nn.Module):
     def prepare(self, cells: Tensor) -> Tensor:
         """Map cells ``(N, C, E)`` to keys ``(N, C, A)``, once for each picture."""
         return self.key(cells)
+
+    def share(self, keys: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what makes energies ``(n, C)`` of ``query(…)``, ``(n, A)``, at the steps of a long pass."""
+        return SharedMatrices(keys.mT / math.sqrt(keys.shape[-1])).multiply
 
     def forward(self, query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """Return weights ``(N, G, C)`` for the queries ``(N * G, H)``."""

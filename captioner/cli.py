@@ -875,7 +875,12 @@ def compare(
     cache: Annotated[
         Path | None, typer.Option(help="Folder for cached features. [default: OUTPUT/cache]", metavar="DIR")
     ] = None,
-    device: Device = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto (a CUDA GPU if there is one, else the CPU), cpu, cuda or mps.", metavar="NAME"
+        ),
+    ] = "auto",
 ) -> None:
     """Train a small grid of models on equal terms and write a report about them.
 

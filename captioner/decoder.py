@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioner.attention import ATTENTIONS, masked_mean
+from captioner.shared import SharedMatrices
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
@@ -107,6 +109,18 @@ class StepOutput(NamedTuple):
     gate: Tensor | None
 
 
+class UnrolledStep(NamedTuple):
+    """One step of a pass over known words: new state ``(n, S, H)`` and what was seen at it.
+
+    context ``(n, E')``, after its gate, attention ``(n, C)``, gate ``(n,)``: None without attention.
+    """
+
+    state: Tensor
+    context: Tensor | None
+    attention: Tensor | None
+    gate: Tensor | None
+
+
 class RecurrentCell(nn.Module):
     """RNN (tanh or relu), GRU and LSTM behind one interface: the state is one tensor ``(N, S, H)``.
 
@@ -135,6 +149,23 @@ class RecurrentCell(nn.Module):
             return torch.stack(self.cell(x, (state[:, 0], state[:, 1])), dim=1)
         return self.cell(x, state[:, 0])[:, None]
 
+    def maps(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return weight and bias of what the gates get from the input, and of that from the hidden state."""
+        cell = self.cell
+        if isinstance(cell, NormalisedCell):
+            return cell.input.weight, None, cell.recurrent.weight, None
+        return cell.weight_ih, cell.bias_ih, cell.weight_hh, cell.bias_hh
+
+    def advance(self, from_input: Tensor, from_hidden: Tensor, state: Tensor) -> Tensor:
+        """Do `forward` with what the maps make of the input and of the hidden state."""
+        cell = self.cell
+        own: Any = (state[:, 0], state[:, 1]) if self.kind == "lstm" else state[:, 0]
+        if isinstance(cell, NormalisedCell):
+            new = cell.advance(from_input, from_hidden, own)
+        else:
+            new = advance(self.kind, from_input, from_hidden, own)
+        return torch.stack(new, dim=1) if self.kind == "lstm" else new[:, None]
+
 
 class NormalisedCell(nn.Module):
     """A recurrent cell with layer normalisation, called as torch's own cells are.
@@ -162,20 +193,31 @@ class NormalisedCell(nn.Module):
     def forward(self, x: Tensor, state: Any) -> Any:
         """Return ``(hidden, memory)`` for the LSTM and the hidden state ``(N, H)`` for the others."""
         hidden = state[0] if self.kind == "lstm" else state
-        from_input = self.input_norm(self.input(x))
-        from_state = self.recurrent_norm(self.recurrent(hidden))
-        if self.memory_norm is not None:
-            write, forget, new, read = (from_input + from_state).chunk(4, dim=-1)
-            memory = torch.sigmoid(forget) * state[1] + torch.sigmoid(write) * torch.tanh(new)
-            return torch.sigmoid(read) * torch.tanh(self.memory_norm(memory)), memory
-        if self.kind == "gru":
-            reset_x, update_x, new_x = from_input.chunk(3, dim=-1)
-            reset_h, update_h, new_h = from_state.chunk(3, dim=-1)
-            update = torch.sigmoid(update_x + update_h)
-            new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
-            return (1 - update) * new + update * hidden
-        total = from_input + from_state
-        return torch.relu(total) if self.kind == "rnn_relu" else torch.tanh(total)
+        return self.advance(self.input(x), self.recurrent(hidden), state)
+
+    def advance(self, from_input: Tensor, from_hidden: Tensor, state: Any) -> Any:
+        """Do `forward` with the two products."""
+        from_input, from_hidden = self.input_norm(from_input), self.recurrent_norm(from_hidden)
+        return advance(self.kind, from_input, from_hidden, state, self.memory_norm)
+
+
+def advance(
+    kind: str, from_input: Tensor, from_hidden: Tensor, state: Any, memory_norm: nn.Module | None = None
+) -> Any:
+    """Return a cell's next state from what its gates get from the input and from the hidden state."""
+    if kind == "lstm":
+        write, forget, new, read = (from_input + from_hidden).chunk(4, dim=-1)
+        memory = torch.sigmoid(forget) * state[1] + torch.sigmoid(write) * torch.tanh(new)
+        shown = memory if memory_norm is None else memory_norm(memory)
+        return torch.sigmoid(read) * torch.tanh(shown), memory
+    if kind == "gru":
+        reset_x, update_x, new_x = from_input.chunk(3, dim=-1)
+        reset_h, update_h, new_h = from_hidden.chunk(3, dim=-1)
+        update = torch.sigmoid(update_x + update_h)
+        new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+        return (1 - update) * new + update * state
+    total = from_input + from_hidden
+    return torch.relu(total) if kind == "rnn_relu" else torch.tanh(total)
 
 
 class Decoder(nn.Module):
@@ -232,16 +274,55 @@ class Decoder(nn.Module):
             state = self.cell(torch.cat((embedded, context), dim=-1), state)
         else:
             state = self.cell(embedded, state)
-        output = self.output_state(self.dropout(state[:, 0]))
-        if self.output_context is not None and context is not None:
-            output = output + embedded + self.output_context(context)  # equation 7
         return StepOutput(
-            output,
+            self.output_of(embedded, state[:, 0], context),
             state,
             None if weights is None else weights.flatten(0, 1),
             None if gate is None else gate.squeeze(-1),
         )
 
+    def output_of(self, embedded: Tensor, hidden: Tensor, context: Tensor | None) -> Tensor:
+        """Return a step's output ``(…, M)`` from the word that it read, its new state, and what it saw."""
+        output = self.output_state(self.dropout(hidden))
+        if self.output_context is not None and context is not None:
+            output = output + embedded + self.output_context(context)  # equation 7
+        return output
+
+    def unrolled_step(self, from_words: Tensor, state: Tensor, unrolled: Unrolled) -> UnrolledStep:
+        """Do `step_embedded` for the first n rows of a pass, but for the output, which can wait."""
+        weights = gate = context = None
+        hidden = state[:, 0]
+        if self.attention is not None:
+            energies = unrolled.energies(self.attention.query(hidden))
+            weights = torch.softmax(energies + unrolled.log_mask[: len(state)], dim=-1)
+            context = unrolled.cells.multiply(weights)
+            if self.gate is not None:
+                gate = torch.sigmoid(self.gate(hidden))
+                context = gate * context
+            from_words = torch.addmm(from_words, context, unrolled.context_map)
+        from_hidden = F.linear(hidden, unrolled.hidden_map, unrolled.hidden_bias)
+        state = self.cell.advance(from_words, from_hidden, state)
+        return UnrolledStep(state, context, weights, None if gate is None else gate.squeeze(-1))
+
     def logits(self, output: Tensor) -> Tensor:
         """Map step outputs ``(…, M)`` to logits ``(…, V)``."""
         return self.output(self.dropout(torch.tanh(output)))
+
+
+class Unrolled:
+    """What the steps of one teacher-forced pass share."""
+
+    def __init__(self, decoder: Decoder, memory: Memory) -> None:
+        width = decoder.config.embedding
+        input_map, self.input_bias, self.hidden_map, self.hidden_bias = decoder.cell.maps()
+        self.word_map = input_map[:, :width]
+        if decoder.attention is not None:
+            assert memory.keys is not None
+            self.context_map = input_map[:, width:].T
+            self.cells = SharedMatrices(memory.cells)
+            self.energies = decoder.attention.share(memory.keys)
+            self.log_mask = memory.mask.log()
+
+    def from_words(self, embedded: Tensor) -> Tensor:
+        """Return what embeddings ``(…, M)`` contribute to the gates; those of all steps fit one product."""
+        return F.linear(embedded, self.word_map, self.input_bias)

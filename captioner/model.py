@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from captioner.decoder import Decoder, DecoderConfig, Memory
+from captioner.decoder import Decoder, DecoderConfig, Memory, Unrolled, UnrolledStep
 from captioner.encoder import Encoder, GridFeatures, encode
 from captioner.images import Fit
 from captioner.tokenizer import Tokenizer
@@ -71,53 +72,55 @@ class CaptionModel(nn.Module):
         counts = lengths.tolist()
         if counts != sorted(counts, reverse=True):
             raise ValueError("captions must be sorted by length, longest first")
-        rows, steps = len(counts), counts[0]
-        embedded = self.decoder.dropout(self.decoder.embedding(tokens[:, :steps]))
-        state = self.decoder.start(memory)
-        outputs: list[Tensor] = []
-        attention: list[Tensor] = []
-        gates: list[Tensor] = []
-        kept = running = rows
-        for t in range(steps):
-            while counts[running - 1] <= t:
-                running -= 1
-            if running <= _CUT * kept:  # drop the captions that have ended, but not at every step: cuts cost
-                kept = running
-                state = state[:kept]
-                keys = None if memory.keys is None else memory.keys[:kept]
-                memory = Memory(memory.cells[:kept], keys, memory.mask[:kept])
-            words = embedded[:kept, t]
+        decoder, device, steps = self.decoder, tokens.device, counts[0]
+        # padding is left out: what follows holds the running captions of step 0, then those of step 1, …
+        valid = torch.arange(steps)[:, None] < torch.tensor(counts)
+        running = valid.sum(1).tolist()
+        here = valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+        words = decoder.dropout(decoder.embedding(tokens[:, :steps].T.flatten().index_select(0, here)))
+        unrolled = Unrolled(decoder, memory)
+        from_words = list(unrolled.from_words(words).split(running))
+        read = list(words.split(running))
+        state = decoder.start(memory).to(decoder.initial.weight.dtype)
+        taken: list[UnrolledStep] = []
+        for t, count in enumerate(running):
             if own and t > 0:
-                words = self._mix(words, outputs[-1][:kept], own)
-            step = self.decoder.step_embedded(words, state, memory)
+                read[t] = self._mix(read[t], read[t - 1][:count], taken[-1], own)
+                from_words[t] = unrolled.from_words(read[t])
+            step = decoder.unrolled_step(from_words[t], state[:count], unrolled)
             state = step.state
-            outputs.append(_pad_rows(step.output, rows))
-            if step.attention is not None:
-                attention.append(_pad_rows(step.attention, rows))
-            if step.gate is not None:
-                gates.append(_pad_rows(step.gate, rows))
-        valid = torch.arange(steps) < torch.tensor(counts)[:, None]
-        positions = valid.flatten().nonzero().squeeze(1).to(tokens.device, non_blocking=True)
-        valid = valid.to(tokens.device, non_blocking=True)
+            taken.append(step)
+        hidden = torch.cat([step.state[:, 0] for step in taken])
+        seen = [step.context for step in taken if step.context is not None]
+        words = torch.cat(read) if own else words
+        outputs = decoder.output_of(words, hidden, torch.cat(seen) if seen else None)
+        rows = (valid.flatten().cumsum(0).view_as(valid) - 1).T[valid.T].to(device, non_blocking=True)
         return TeacherForced(
-            logits=self.decoder.logits(torch.stack(outputs, 1).flatten(0, 1).index_select(0, positions)),
-            positions=positions,
-            attention=torch.stack(attention, 1) * valid[..., None] if attention else None,
-            gates=torch.stack(gates, 1) * valid if gates else None,
+            logits=decoder.logits(outputs.index_select(0, rows)),
+            positions=valid.T.flatten().nonzero().squeeze(1).to(device, non_blocking=True),
+            attention=_padded([step.attention for step in taken]),
+            gates=_padded([step.gate for step in taken]),
         )
 
-    def _mix(self, words: Tensor, output: Tensor, own: float) -> Tensor:
-        """Replace a share of the true words' embeddings by those of words that the model would have said."""
+    def _mix(self, words: Tensor, before: Tensor, step: UnrolledStep, own: float) -> Tensor:
+        """Replace a share of the true words' embeddings by those of words that the model would have said.
+
+        Args:
+            words: embeddings ``(n, M)`` of the true words.
+            before: of the words before them.
+            step: at which those were read.
+            own: the share.
+        """
+        count, decoder = len(words), self.decoder
         with torch.no_grad():
-            said = torch.multinomial(self.decoder.logits(output).float().softmax(-1), 1).squeeze(1)
-            chosen = torch.rand(len(words), 1, device=words.device) < own
-        return torch.where(chosen, self.decoder.dropout(self.decoder.embedding(said)), words)
+            context = None if step.context is None else step.context[:count]
+            logits = decoder.logits(decoder.output_of(before, step.state[:count, 0], context))
+            said = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
+            chosen = torch.rand(count, 1, device=words.device) < own
+        return torch.where(chosen, decoder.dropout(decoder.embedding(said)), words)
 
 
-_CUT = 0.75
-
-
-def _pad_rows(x: Tensor, rows: int) -> Tensor:
-    if x.shape[0] == rows:
-        return x
-    return torch.cat((x, x.new_zeros(rows - x.shape[0], *x.shape[1:])))
+def _padded(steps: Sequence[Tensor | None]) -> Tensor | None:
+    """Return ``(N, T, …)`` of the running captions' ``(n, …)`` at each step; zeros for those that ended."""
+    found = [step for step in steps if step is not None]
+    return pad_sequence(found) if found else None

@@ -24,6 +24,7 @@ from captioner.decoder import Memory
 from captioner.encoder import cells
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
+from captioner_training.allocator import keep_memory
 from captioner_training.batches import Batch, Place, in_order, make_parts
 from captioner_training.config import StageConfig, TrainingConfig
 from captioner_training.data import chunks
@@ -96,6 +97,7 @@ def run(
     config: TrainingConfig, data_folder: Path, output: Path, cache_folder: Path, device: str = "cpu"
 ) -> None:
     """Train in this process, one of several perhaps; see `train`."""
+    keep_memory()
     workers = Workers(device, config.mixed_precision)
     experiment = Experiment(config, data_folder, cache_folder)
     model = experiment.model.to(workers.device)
@@ -363,11 +365,11 @@ def compiled(model: CaptionModel, wanted: bool) -> Iterator[None]:
         yield
         return
     decoder: Any = model.decoder
-    decoder.step_embedded = torch.compile(decoder.step_embedded, dynamic=True)
+    decoder.unrolled_step = torch.compile(decoder.unrolled_step, dynamic=True)
     try:
         yield
     finally:
-        del decoder.step_embedded
+        del decoder.unrolled_step
 
 
 def _prepare(
