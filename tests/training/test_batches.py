@@ -111,6 +111,24 @@ class Numbered:
         )
 
 
+def test_new_crops_are_the_same_with_any_number_of_processes():
+    class Told(Numbered):
+        def read(self, indices, variants, *, seed=None):
+            seeds.add(seed)
+            return super().read(indices, variants)
+
+    seeds = set()
+    places, features = [("a", i) for i in range(6)], {"a": Told(1)}
+    settings = make_config([stage()]).stages[0]
+    for rank, count in ((0, 1), (0, 2), (1, 2)):
+        make_parts(
+            places, {"a": [[[7, END]]] * 6}, features, settings, "x", flips=True, rank=rank, count=count
+        )
+    assert len(seeds) == 1
+    make_parts(places, {"a": [[[7, END]]] * 6}, features, settings, "y", flips=True)
+    assert len(seeds) == 2
+
+
 def test_sources_are_mixed_and_every_variant_is_seen():
     targets = {"a": [[[7, END]]] * 9, "b": [[[8, END]]] * 9}
     features = {"a": Numbered(1), "b": Numbered(2)}

@@ -377,6 +377,18 @@ def test_a_device_that_is_not_there_is_a_mistake(tmp_path, data):
             train(make_config(), data, tmp_path, device=device, processes=1)
 
 
+def test_several_processes_on_one_gpu_are_a_mistake(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(loop, "choose_device", lambda device: device)
+    with pytest.raises(ValueError, match=r"cuda: leave --processes out, or .* accelerate launch"):
+        train(make_config(), data, tmp_path, device="cuda", processes=2)
+
+
+def test_a_state_that_only_another_machine_sees_is_a_mistake(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(loop.Workers, "any", lambda self, condition: True)
+    with pytest.raises(TrainingError, match=r"state\.pt: another process found a state .* machines share"):
+        train(make_config(), data, tmp_path, processes=1)
+
+
 # --------------------------------------------------------------------------------------------------
 # ways of training
 

@@ -62,9 +62,10 @@ def test_one_process_stays_where_it_is():
     assert float(workers.sum_gradients([], torch.tensor(3.0))) == 3.0
 
 
-def test_a_mistake_in_one_process_reaches_the_user_as_it_is():
+@pytest.mark.parametrize("kind", [ValueError, OSError])
+def test_a_mistake_in_one_process_reaches_the_user_as_it_is(kind):
     with pytest.raises(ValueError, match=r"^the mistake$"):
-        run_together(fail, 2, ValueError)
+        run_together(fail, 2, kind)
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):
@@ -179,6 +180,7 @@ def test_accelerate_launches_two_processes_with_the_losses_of_one(tmp_path, data
         command = [sys.executable, *how, str(script), str(data), str(output), str(cache)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stderr.count("24 pictures of shapes_val are also in shapes") == 1  # and not by each
         logs.append(log_of(output))
     assert len(logs[0]) == len(logs[1]) == 2
     for one, two in zip(*logs, strict=True):

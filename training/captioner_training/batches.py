@@ -115,7 +115,8 @@ def make_parts(
         tokens = torch.full((len(share), int(lengths[0]) + 1), PAD)
         for i, (_, caption) in enumerate(share):
             tokens[i, : len(caption) + 1] = torch.tensor([START, *caption])
-        data, mask = _read([chosen[p] for p in mine], [variants[p] for p in mine], features, f"{seed} {part}")
+        # the seed is the whole batch's: a crop must not depend on who computes it
+        data, mask = _read([chosen[p] for p in mine], [variants[p] for p in mine], features, str(seed))
         parts.append(
             Batch(
                 features=data,

@@ -34,7 +34,7 @@ from captioner_training.optimisation import Average, build_optimiser, schedule
 from captioner_training.self_critical import self_critical_loss
 from captioner_training.state import TrainingError, forget_later, load_state, save_state
 from captioner_training.tracking import Drawn, Tracker, draw
-from captioner_training.workers import Workers, launched, run_together
+from captioner_training.workers import Workers, launched, run_together, speaks
 
 _CHECK_EVERY = 20
 """After so many batches losses are read, told, and looked at: reading them makes a GPU wait."""
@@ -70,7 +70,7 @@ def train(
     Raises:
         DataError, EncoderError, ConfigError: for data, weights or combinations that cannot be used.
         TrainingError: if the loss is no longer a number, or the disk is full.
-        ValueError: for a device that is not there.
+        ValueError: for a device that is not there, or several processes on one GPU.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,32 +78,57 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     cache_folder = cache_folder or output / "cache"
     if launched():
-        run(config, data_folder, output, cache_folder, device)
+        run(config, data_folder, output, cache_folder, device, prepared=False)
         return output / "model.safetensors"
+    if device != "cpu" and processes is not None and processes > 1:
+        raise ValueError(
+            f"{processes} processes share the cores of a CPU, not {device}: leave --processes out, or start "
+            "one for each GPU with accelerate launch -m captioner train"
+        )
     if processes is None:
         processes = torch.get_num_threads() if device == "cpu" else 1
     experiment = Experiment(config, data_folder, cache_folder)
     experiment.model.to(device)
-    experiment.prepare()
-    for note in experiment.notes:
-        tqdm.write(note, file=sys.stderr)
+    get_ready(experiment)
     smallest = min(sum(len(experiment.sources[n]) for n in s.sources) for s in config.stages)
     del experiment
     run_together(run, min(processes, smallest), config, data_folder, output, cache_folder, device)
     return output / "model.safetensors"
 
 
+def get_ready(experiment: Experiment) -> None:
+    """Compute features before training, and tell what a person should know."""
+    experiment.prepare()
+    for note in experiment.notes if speaks() else ():
+        tqdm.write(note, file=sys.stderr)
+
+
 def run(
-    config: TrainingConfig, data_folder: Path, output: Path, cache_folder: Path, device: str = "cpu"
+    config: TrainingConfig,
+    data_folder: Path,
+    output: Path,
+    cache_folder: Path,
+    device: str = "cpu",
+    prepared: bool = True,
 ) -> None:
-    """Train in this process, one of several perhaps; see `train`."""
+    """Train in this process, one of several perhaps; see `train`.
+
+    ``prepared`` says that whoever started it has called `get_ready`.
+    """
     keep_memory()
     workers = Workers(device, config.mixed_precision)
     experiment = Experiment(config, data_folder, cache_folder)
     model = experiment.model.to(workers.device)
+    if not prepared:
+        get_ready(experiment)
     content = experiment.content()
     state_path = output / "state.pt"
-    resumed = load_state(state_path, config, content, model, workers.device)
+    resumed = load_state(state_path, config, content, model)
+    if workers.any(resumed is not None) and resumed is None:
+        raise TrainingError(
+            f"{state_path}: another process found a state there, and this one did not: --output must be a "
+            "folder that all machines share"
+        )
     progress: dict[str, Any] = _BEGINNING if resumed is None else resumed["progress"]
     progress = dict(progress)
     if workers.first:

@@ -102,5 +102,8 @@ class Average:
         """Go on from a saved state."""
         if self.values:
             torch._foreach_copy_(self.values, state["values"])
-        self.ends = state["ends"]
+        self.ends = [
+            [value.to(p.device) for value, p in zip(values, self.parameters, strict=True)]
+            for values in state["ends"]
+        ]
         self.updates = state["updates"]

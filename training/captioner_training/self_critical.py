@@ -3,7 +3,7 @@ https://arxiv.org/abs/1612.00563), each against the mean of the other captions d
 https://arxiv.org/abs/2003.09971).
 
 The policy is the model as the search knows it: padding, start and ``<unk>`` are never said, the end and
-pieces that continue a word never come first; softmax at temperature 1 over the rest.
+pieces that continue a word never come first; a softmax over the rest.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def self_critical_loss(
     samples: int,
     max_length: int,
     all_captions: int,
+    temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of a batch, or of a part of one (the parts add up to the whole), and what happened.
@@ -50,6 +51,7 @@ def self_critical_loss(
         max_length: of a caption in tokens, the end included; one that does not end by then is judged without
             an end.
         all_captions: how many are drawn in the whole batch.
+        temperature: of the policy; below 1 it is more like what the search does.
         generator: of the draws, on the memory's device; torch's own if None.
 
     Returns:
@@ -62,7 +64,9 @@ def self_critical_loss(
     """
     if samples < 2:
         raise ValueError(f"self-critical training needs at least 2 samples of a picture, not {samples}")
-    drawn = sample(model, memory, samples=samples, max_length=max_length, generator=generator)
+    drawn = sample(
+        model, memory, samples=samples, max_length=max_length, temperature=temperature, generator=generator
+    )
     rewards = torch.from_numpy(judge.rewards([p for p in pictures for _ in range(samples)], drawn))
     advantage = advantages(rewards.view(-1, samples)).flatten()
 
@@ -75,7 +79,7 @@ def self_critical_loss(
     device = memory.mask.device
     tokens, lengths, picture = tokens.to(device), lengths.to(device), (rows // samples).to(device)
     output = model(memory.select(picture), tokens, lengths)
-    log_probs = log_probabilities(output, tokens[:, 1:], lengths, model.tokenizer)
+    log_probs = log_probabilities(output, tokens[:, 1:], lengths, model.tokenizer, temperature)
     weights = advantage[rows].to(log_probs).repeat_interleave(lengths)
     loss = -(weights * log_probs).sum() / all_captions
     return loss, {
@@ -99,6 +103,7 @@ def sample(
     *,
     samples: int,
     max_length: int,
+    temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
     """Draw captions at random, without dropout.
@@ -108,6 +113,7 @@ def sample(
         memory: of P pictures; the captions of a picture share its row.
         samples: K captions of each picture.
         max_length: in tokens, the end included.
+        temperature: of the softmax.
         generator: on the memory's device; torch's own if None.
 
     Returns:
@@ -130,7 +136,7 @@ def sample(
             step = decoder.step(tokens.flatten(), state, memory)
             state = step.state
             going = running.flatten().nonzero().squeeze(1)  # the output layer costs most; others are done
-            logits = decoder.logits(step.output[going]).float()
+            logits = decoder.logits(step.output[going]).float() / temperature
             logits[:, first if t == 0 else never] = _NEVER
             tokens = torch.full_like(tokens, PAD)
             tokens.view(-1)[going] = _draw(torch.softmax(logits, -1), generator)
@@ -159,7 +165,11 @@ def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def log_probabilities(
-    output: TeacherForced, targets: Tensor, lengths: Tensor, tokenizer: Tokenizer
+    output: TeacherForced,
+    targets: Tensor,
+    lengths: Tensor,
+    tokenizer: Tokenizer,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Return the log-probabilities ``(L,)``, in nats, under which `sample` draws the L = sum(lengths) tokens.
 
@@ -168,10 +178,11 @@ def log_probabilities(
         targets: ``(N, T)`` token ids, padding after the end.
         lengths: ``(N,)`` number of tokens of each caption.
         tokenizer: of the model.
+        temperature: of the softmax.
     """
     valid = torch.arange(targets.shape[1], device=lengths.device) < lengths[:, None]
     never, first = (indices.to(lengths.device) for indices in _forbidden(tokenizer))
-    logits = output.logits.float().index_fill(1, never, _NEVER)
+    logits = (output.logits.float() / temperature).index_fill(1, never, _NEVER)
     starts = lengths.cumsum(0) - lengths
     logits[starts[:, None], first] = _NEVER
     return -F.cross_entropy(logits, targets[valid], reduction="none")

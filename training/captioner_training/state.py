@@ -58,9 +58,12 @@ def save_state(
 
 
 def load_state(
-    path: Path, config: TrainingConfig, content: str, model: CaptionModel, device: torch.device
+    path: Path, config: TrainingConfig, content: str, model: CaptionModel
 ) -> dict[str, Any] | None:
     """Return the saved state and put its weights into the model; None if there is none yet.
+
+    Its tensors are on the CPU; whoever takes them moves them. AdamW wants its step counts there: on a GPU it
+    would wait for each of them at every step.
 
     Raises:
         ConfigError: if the state is of another config or other data, or cannot be read.
@@ -69,7 +72,7 @@ def load_state(
         return None
     advice = "choose another --output, or delete it to start anew"
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         saved = TrainingConfig.model_validate(json.loads(state["config"])).model_dump()
     except Exception as error:  # whatever a damaged file makes torch and pickle raise
         reason = " ".join(str(error).split())[:120]

@@ -150,7 +150,7 @@ def run_together(work: Callable[..., None], count: int, *arguments: Any) -> None
     """Call ``work(*arguments)`` in ``count`` processes on this machine's CPU, one thread each.
 
     Raises:
-        ValueError: with the message of the ValueError that one of them raised (a user's mistake).
+        ValueError: with the message of the ValueError (a user's mistake) or OSError that one of them raised.
         KeyboardInterrupt: if the user stopped them.
     """
     if count == 1:
@@ -176,7 +176,8 @@ def _enter(
     place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are all on this machine
+    if sys.platform.startswith("linux"):  # elsewhere it has another name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # they are all on this machine
     # they meet at a file: a port could be taken by somebody else
     meeting = (folder / "meeting").as_uri()
     dist.init_process_group("gloo", meeting, rank=rank, world_size=count, timeout=_PATIENCE)
@@ -184,6 +185,10 @@ def _enter(
         work(*arguments)
     except ValueError as error:
         (folder / "mistake").write_text(str(error), encoding="utf-8")
+        sys.exit(1)
+    except OSError as error:  # a full disk, say
+        where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        (folder / "mistake").write_text(where, encoding="utf-8")
         sys.exit(1)
     except KeyboardInterrupt:
         (folder / "interrupted").touch()
