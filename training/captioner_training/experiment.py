@@ -79,6 +79,11 @@ class Experiment:
             name: [[caption[:LONGEST] for caption in picture] for picture in pictures]
             for name, pictures in self.references.items()
         }
+        cut = sum(len(c) > LONGEST for pictures in self.references.values() for p in pictures for c in p)
+        if cut:
+            self.notes.append(
+                f"{cut:,} captions are longer than {LONGEST - 1} tokens: of these the beginning is learned"
+            )
         self._scorers: dict[str, Scorer] = {}
 
     def _begin(self, data_folder: Path) -> CaptionModel:
@@ -125,6 +130,7 @@ class Experiment:
         What the first fine-tuned stage needs can be computed too: it has not changed its frozen blocks.
         """
         if not self.config.cache:
+            self._compare_files()
             return
         trained: dict[str, FeatureCache] = {}
         for stage in self.config.stages:
@@ -138,10 +144,19 @@ class Experiment:
                 twice = same_pictures(features, held_out)
                 if twice:
                     first = self.sources[source].pictures[twice[0][0]].file
-                    self.notes.append(
-                        f"{len(twice)} pictures of {name} are also in {source} (the first: {first}): scores "
-                        "on them mean nothing; captioner prepare takes them out"
-                    )
+                    self.notes.append(_in_both(len(twice), name, source, first))
+
+    def _compare_files(self) -> None:
+        """Look for pictures of validation among those of training by their files, without their content."""
+
+        def files(data: DataSet) -> set[tuple[Path, str]]:
+            return {(data.store.places(p.file)[0], p.file) for p in data.pictures}
+
+        for name, held_out in self.validation.items():
+            for source, data in self.sources.items():
+                twice = files(data) & files(held_out)
+                if twice:
+                    self.notes.append(_in_both(len(twice), name, source, min(file for _, file in twice)))
 
     def features(self, stage: StageConfig) -> dict[str, Features]:
         """Return what the stage's frozen blocks give for its sources, computing what a cache lacks."""
@@ -235,6 +250,13 @@ class Experiment:
             search=config.search.model_dump(),
             summary=summary,
         )
+
+
+def _in_both(count: int, validation: str, source: str, first: str) -> str:
+    return (
+        f"{count} pictures of {validation} are also in {source} (the first: {first}): scores on them mean "
+        "nothing; captioner prepare takes them out"
+    )
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:

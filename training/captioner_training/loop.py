@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from tqdm import tqdm
 from captioner import checkpoint
 from captioner.batch import ahead
 from captioner.captioner import choose_device
-from captioner.decoder import Memory
 from captioner.encoder import cells
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
@@ -32,7 +31,7 @@ from captioner_training.experiment import Experiment
 from captioner_training.losses import caption_loss
 from captioner_training.optimisation import Average, build_optimiser, schedule
 from captioner_training.self_critical import self_critical_loss
-from captioner_training.state import TrainingError, forget_later, load_state, save_state
+from captioner_training.state import TrainingError, alone_in, forget_later, load_state, save_state
 from captioner_training.tracking import Drawn, Tracker, draw
 from captioner_training.workers import Workers, launched, run_together, speaks
 
@@ -117,6 +116,18 @@ def run(
     """
     keep_memory()
     workers = Workers(device, config.mixed_precision)
+    with alone_in(output) if workers.first else nullcontext():
+        _run(workers, config, data_folder, output, cache_folder, prepared)
+
+
+def _run(
+    workers: Workers,
+    config: TrainingConfig,
+    data_folder: Path,
+    output: Path,
+    cache_folder: Path,
+    prepared: bool,
+) -> None:
     experiment = Experiment(config, data_folder, cache_folder)
     model = experiment.model.to(workers.device)
     if not prepared:
@@ -227,6 +238,8 @@ def run(
                     tracker.epoch(progress["total"], scores)
                     if tracker.active:
                         tracker.captions(progress["total"], draw_some(experiment))
+                    if stage.patience and progress["waited"] == 0:
+                        average.keep()
                 progress.update(epoch=epoch + 1, step=0, told=0.0, norm=0.0)
                 tired = bool(stage.patience) and progress["waited"] >= stage.patience
                 if tired:
@@ -236,7 +249,7 @@ def run(
                 workers.wait()
                 if tired:
                     break
-            average.copy_to_model()  # the next stage goes on from the averaged weights
+            average.copy_to_model(kept=bool(stage.patience))  # what the next stage goes on from
             progress.update(stage=stage_index + 1, epoch=0, step=0, stage_best=-math.inf, waited=0)
 
 
@@ -268,14 +281,13 @@ def objective(
     network = model.encoder.network
     trained = network[len(network) - stage.trainable_blocks :]
 
-    def look(batch: Batch) -> Memory:
-        features = batch.features
-        if len(trained):
-            features = cells(trained(features.transpose(1, 2).unflatten(2, shape[1:])))
-        return model.decoder.memory(features, batch.mask)
+    def look(batch: Batch) -> Tensor:
+        if not len(trained):
+            return batch.features
+        return cells(trained(batch.features.transpose(1, 2).unflatten(2, shape[1:])))
 
     def teacher_forced(batch: Batch, position: float) -> tuple[Tensor, Tensor]:
-        memory = look(batch).select(batch.picture)
+        memory = model.decoder.memory(look(batch), batch.mask).select(batch.picture)
         output = model(memory, batch.tokens, batch.lengths, own=position * stage.scheduled_sampling)
         loss = caption_loss(
             output, batch.tokens[:, 1:], config.loss, tokens=batch.all_tokens, captions=batch.all_captions
@@ -287,11 +299,17 @@ def objective(
     judge, begins = experiment.judge(stage)
 
     def self_critical(batch: Batch, position: float) -> tuple[Tensor, Tensor]:
+        features = look(batch)
+        model.decoder.eval()  # captions are drawn without dropout
+        with torch.no_grad():
+            drawn_from = model.decoder.memory(features, batch.mask)
+        model.decoder.train()
         loss, facts = self_critical_loss(
             model,
-            look(batch),
+            model.decoder.memory(features, batch.mask),
             judge,
             [begins[name] + index for name, index in batch.places],
+            drawn_from=drawn_from,
             samples=stage.samples,
             temperature=stage.temperature,
             max_length=config.search.max_length,

@@ -60,6 +60,7 @@ class Average:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.values = [p.detach().clone() for p in self.parameters] if decay else []
         self.ends: list[list[Tensor]] = []
+        self.best: list[Tensor] = []
         self.updates = 0
 
     def update(self) -> None:
@@ -74,6 +75,10 @@ class Average:
         if self.epochs > 1:
             self.ends = [*self.ends, [p.detach().clone() for p in self.parameters]][-self.epochs :]
 
+    def keep(self) -> None:
+        """Remember the weights that are in the model now as the best so far."""
+        self.best = [p.detach().clone() for p in self.parameters]
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the averaged weights into the model for a while."""
@@ -85,8 +90,12 @@ class Average:
             with torch.no_grad():
                 torch._foreach_copy_([p.detach() for p in self.parameters], kept)
 
-    def copy_to_model(self) -> None:
-        """Put the averaged weights into the model for good."""
+    def copy_to_model(self, kept: bool = False) -> None:
+        """Put the averaged weights, or those that were kept as the best, into the model for good."""
+        if kept and self.best:
+            with torch.no_grad():
+                torch._foreach_copy_([p.detach() for p in self.parameters], self.best)
+            return
         values = self.values
         if self.ends:
             values = [torch.stack(same).mean(0) for same in zip(*self.ends, strict=True)]
@@ -96,14 +105,15 @@ class Average:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and a number."""
-        return {"values": self.values, "ends": self.ends, "updates": self.updates}
+        return {"values": self.values, "ends": self.ends, "best": self.best, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         if self.values:
             torch._foreach_copy_(self.values, state["values"])
-        self.ends = [
-            [value.to(p.device) for value, p in zip(values, self.parameters, strict=True)]
-            for values in state["ends"]
-        ]
+        self.ends = [self._here(values) for values in state["ends"]]
+        self.best = self._here(state["best"]) if state["best"] else []
         self.updates = state["updates"]
+
+    def _here(self, values: list[Tensor]) -> list[Tensor]:
+        return [value.to(p.device) for value, p in zip(values, self.parameters, strict=True)]

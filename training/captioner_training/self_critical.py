@@ -31,6 +31,7 @@ def self_critical_loss(
     judge: CiderD,
     pictures: Sequence[int],
     *,
+    drawn_from: Memory | None = None,
     samples: int,
     max_length: int,
     all_captions: int,
@@ -45,6 +46,7 @@ def self_critical_loss(
     Args:
         model: in training mode, dropout acts on the pass that learns; captions are drawn without it.
         memory: of P pictures, a row for each.
+        drawn_from: the memory that captions are drawn from, made without dropout; the same one if None.
         judge: gives rewards; the end token counts if it stands in the references.
         pictures: ``(P,)`` which of the judge's pictures each row is.
         samples: K, at least 2, captions drawn of each picture.
@@ -65,7 +67,12 @@ def self_critical_loss(
     if samples < 2:
         raise ValueError(f"self-critical training needs at least 2 samples of a picture, not {samples}")
     drawn = sample(
-        model, memory, samples=samples, max_length=max_length, temperature=temperature, generator=generator
+        model,
+        drawn_from or memory,
+        samples=samples,
+        max_length=max_length,
+        temperature=temperature,
+        generator=generator,
     )
     rewards = torch.from_numpy(judge.rewards([p for p in pictures for _ in range(samples)], drawn))
     advantage = advantages(rewards.view(-1, samples)).flatten()

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from captioner.checkpoint import write_atomically
 from captioner.model import CaptionModel
 from captioner_training.config import ConfigError, TrainingConfig
 from captioner_training.optimisation import Average
+
+_PATIENCE = 5.0
+"""Seconds to wait for another run: what a killed one had started ends a moment after it."""
 
 _FREE = ("save_minutes", "tensorboard", "compile")
 """Keys that may change between a stop and a resumption: they change no weight."""
@@ -85,8 +91,35 @@ def load_state(
         raise ConfigError(
             f"{path} is of other data: its pictures, captions or vocabulary have changed since: {advice}"
         )
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        raise ConfigError(
+            f"{path} is of another model, as of another start.model ({line}): {advice}"
+        ) from None
     return state
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Keep other runs out of a folder for a while, and remove what killed ones left half-written.
+
+    Raises:
+        TrainingError: if another run trains there. The system frees the lock of a process that has died.
+    """
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        raise TrainingError(f"{output}: another run is training there; choose another --output") from None
+    try:
+        for name in ("state.pt", "model.safetensors", "log.jsonl"):
+            for left in output.glob(f".{name}.*"):
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def forget_later(log: Path, epochs: int) -> None:
