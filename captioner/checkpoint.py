@@ -79,9 +79,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a crash or a full disk leaves the old one or the new one, never a part.
 
     Raises:
-        OSError: if it cannot be written; nothing is left behind then.
+        OSError: if it cannot be written, with the name of the file meant; nothing is left behind then.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -89,8 +92,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes private files
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

@@ -155,7 +155,7 @@ def _dumps(record: object, indent: int | None = None) -> str:
 
 
 @contextmanager
-def _mistakes() -> Iterator[None]:
+def _mistakes(memory: str = "a smaller --batch-size or --beam, or --device cpu") -> Iterator[None]:
     """Turn the errors that users cause into one line and an exit code."""
     try:
         yield
@@ -175,7 +175,7 @@ def _mistakes() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "memory" in str(error)):
             raise
-        _fail("out of memory: try a smaller --batch-size or --beam, or --device cpu")
+        _fail(f"out of memory: try {memory}")
 
 
 _TRAINING_MODULES = (
@@ -720,6 +720,8 @@ def prepare(
     Exit code: 0 if the data set was written; 1 if pictures are missing or unreadable and --allow-missing was
     not given (only the report was written then); 2 if nothing could be done.
     """
+    if threads < 0:
+        _fail(f"--threads {threads}: expected 0 or more")
     with _mistakes():
         from captioner_training.prepare import prepare as run
 
@@ -822,7 +824,7 @@ def train(
 
     On several GPUs: accelerate launch -m captioner train ...
     """
-    with _mistakes():
+    with _mistakes("fewer --processes, a smaller batch_pictures, decoder or encoder.size in the config"):
         from captioner_training.config import load_config
         from captioner_training.loop import train as run
         from captioner_training.workers import speaks

@@ -95,6 +95,11 @@ def test_an_unknown_key_is_named(tmp_path, key):
         ("name", 5),
         ("seed", "one"),
         ("seed", 1.5),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("name", " "),
+        ("save_minutes", float("inf")),
+        ("search.length_penalty", float("nan")),
         ("flips", 1),
         ("flips", "yes"),
         ("save_minutes", 0),
@@ -180,6 +185,28 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path):
     message = mistake(written(tmp_path, yaml.safe_dump(plain_config()) + "\nseed: 5\n"))
     assert "'seed'" in message
     assert "twice" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["? [a, b]\n: 1\n", "name: 2020-13-45\n", "[" * 3000, f"seed: {'9' * 5000}\n"]
+)
+def test_odd_yaml_is_one_line_that_names_the_file(tmp_path, text):
+    assert mistake(written(tmp_path, text)).startswith("not YAML: ")
+
+
+def test_a_search_that_cannot_be_is_refused_before_training(tmp_path):
+    """It would run for the first time after the first epoch."""
+    assert (
+        mistake(written(tmp_path, changed("search.beam", 1001)))
+        == "search: beam must be from 1 to 1000, not 1001"
+    )
+
+
+def test_a_tokenizer_of_another_kind_cannot_be_given_with_start(tmp_path):
+    config = plain_config()
+    del config["encoder"], config["decoder"]
+    config.update(start={"model": "built-in"}, tokenizer={"kind": "bpe"})
+    assert "tokenizer.kind cannot be given with start" in mistake(written(tmp_path, config))
 
 
 def test_anchors_and_merges_work(tmp_path):

@@ -251,11 +251,15 @@ def test_checksums(coco, tmp_path):
         download("coco2017", tmp_path, parts=["val"], mirror=coco.url, wait=0)
     (tmp_path / "val2017.zip").write_bytes(right)
     with pytest.raises(DownloadError, match="its SHA-256 is"):
-        download("coco2017", tmp_path, parts=["val"], mirror=coco.url, sha256={"val2017.zip": "00"})
+        download("coco2017", tmp_path, parts=["val"], mirror=coco.url, sha256={"val2017.zip": "00" * 32})
     sums = {"val2017.zip": hashlib.sha256(right).hexdigest().upper()}
     download("coco2017", tmp_path, parts=["val"], mirror=coco.url, sha256=sums)
     with pytest.raises(DownloadError, match=r"--sha256 other\.zip: that is not fetched; val2017\.zip are"):
         download("coco2017", tmp_path, parts=["val"], mirror=coco.url, sha256={"other.zip": "00"})
+    with pytest.raises(DownloadError, match=r"--sha256 val2017\.zip=abc: expected 64 hexadecimal digits"):
+        download("coco2017", tmp_path, parts=["val"], mirror=coco.url, sha256={"val2017.zip": "abc"})
+    with pytest.raises(DownloadError, match="--mirror example: expected an address"):
+        download("coco2017", tmp_path, parts=["val"], mirror="example")
 
 
 def test_damage_is_found_without_a_checksum(coco, tmp_path, monkeypatch):

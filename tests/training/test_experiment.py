@@ -31,6 +31,11 @@ def test_the_vocabulary_comes_from_the_training_sources_alone(data, cache):
     assert "blue" not in found.tokenizer.index
 
 
+def test_a_vocabulary_without_a_word_is_refused(data, cache):
+    with pytest.raises(ConfigError, match=r"^tokenizer\.min_count is 100000: no word"):
+        Experiment(make_config(tokenizer={"min_count": 100_000}), data, cache)
+
+
 def test_the_encoder_is_prepared_as_the_config_says():
     assert build_encoder(make_config().encoder).preprocess.fit == "squash"
     cropped = build_encoder(

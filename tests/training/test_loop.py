@@ -356,6 +356,13 @@ def test_a_damaged_state_is_a_mistake_in_one_line(tmp_path, data, cache, quick):
     assert "\n" not in str(caught.value)
 
 
+def test_a_best_checkpoint_that_is_gone_is_told(tmp_path, data, cache, quick):
+    train(make_config(), data, tmp_path, cache_folder=cache, processes=1)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(TrainingError, match=r"model\.safetensors: the best checkpoint of this run is gone"):
+        train(make_config(), data, tmp_path, cache_folder=cache, processes=1)
+
+
 def test_a_state_of_another_config_is_a_mistake_in_one_line(tmp_path, data, cache, quick):
     train(make_config(), data, tmp_path, cache_folder=cache, processes=1)
     other = make_config(decoder={"hidden": 32, "embedding": 24, "cells": 32, "attention_width": 16})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -66,6 +67,17 @@ def test_one_process_stays_where_it_is():
 def test_a_mistake_in_one_process_reaches_the_user_as_it_is(kind):
     with pytest.raises(ValueError, match=r"^the mistake$"):
         run_together(fail, 2, kind)
+
+
+def die():
+    if Workers().first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_process_that_is_killed_is_one_line():
+    with pytest.raises(ValueError, match="a training process was killed, as a system short of memory does"):
+        run_together(die, 2)
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):

@@ -47,6 +47,8 @@ def calibrate(config: TrainingConfig, data_folder: Path, model: Path, output: Pa
     Raises:
         DataError, CheckpointError: for data or a model that cannot be used.
     """
+    if output.is_dir() or not output.absolute().parent.is_dir():  # now, and not when all is computed
+        raise DataError(f"--output {output}: name a file in a folder that exists")
     trained, header, _ = checkpoint.load(model)
     captioner = Captioner(*checkpoint.load(model))
     sources = [load_data_set(n, c, data_folder) for n, c in config.data.sources.items()]

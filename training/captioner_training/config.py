@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from captioner.decoder import DecoderConfig
 from captioner.encoder import ENCODERS
+from captioner.search import SearchOptions
 
 
 class ConfigError(ValueError):
@@ -18,7 +19,7 @@ class ConfigError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -176,6 +177,11 @@ class SearchConfig(_Strict):
     length_penalty: float = 0.7
     max_length: Positive = 30
 
+    @model_validator(mode="after")
+    def _possible(self) -> SearchConfig:
+        SearchOptions(**self.model_dump()).check()  # now, and not after the first epoch
+        return self
+
 
 class DataConfig(_Strict):
     """Sources to train on and sets to validate on."""
@@ -187,8 +193,8 @@ class DataConfig(_Strict):
 class TrainingConfig(_Strict):
     """One experiment."""
 
-    name: str
-    seed: int = 0
+    name: Annotated[str, Field(pattern=r"\S")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: DataConfig
     start: StartConfig | None = None
     encoder: EncoderConfig | None = None
@@ -232,6 +238,10 @@ class TrainingConfig(_Strict):
             for key in ("encoder", "decoder", "word_vectors"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} cannot be given with start: the captioner there brings its own")
+            if self.tokenizer.kind != "word":
+                raise ValueError(
+                    "tokenizer.kind cannot be given with start: the captioner there brings its own tokenizer"
+                )
         return self
 
 
@@ -265,8 +275,10 @@ def load_config(path: str | Path) -> TrainingConfig:
         raw: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: an impossible date, say
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not YAML: nested too deeply") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping at the top level")
     try:

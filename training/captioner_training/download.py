@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import re
 import shutil
 import stat
 import time
@@ -120,6 +121,11 @@ def download(
     names = [archive.name for archive in chosen.values()]
     for unused in trusted.keys() - set(names):
         raise DownloadError(f"--sha256 {unused}: that is not fetched; {', '.join(names)} are")
+    for archive_name, digest in trusted.items():
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", digest.strip()):
+            raise DownloadError(f"--sha256 {archive_name}={digest}: expected 64 hexadecimal digits")
+    if not mirror.startswith(("http://", "https://")):
+        raise DownloadError(f"--mirror {mirror}: expected an address that begins with http:// or https://")
     output.mkdir(parents=True, exist_ok=True)
     for archive in chosen.values():
         if _is_done(archive, output):

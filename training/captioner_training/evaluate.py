@@ -186,6 +186,8 @@ def evaluate(
     """
     settings = None if config is None else load_config(config)
     if settings is not None:
+        if images or highest:
+            raise DataError("--images and --highest are not for --config, which names pictures itself")
         sources = dict(settings.data.validation)
         root = data
     else:
@@ -200,6 +202,8 @@ def evaluate(
             raise DataError("--save-results needs one data set; give it with --data and not --config")
         if not save_results.absolute().parent.is_dir():
             raise DataError(f"{save_results}: there is no folder {save_results.parent} to write it into")
+        if save_results.is_dir():
+            raise DataError(f"{save_results}: is a folder; name a file for --save-results")
     if fit is not None:
         preprocess = captioner.model.encoder.preprocess
         resize = None if fit != "crop" else preprocess.resize

@@ -283,6 +283,8 @@ def build_tokenizer(config: TrainingConfig, sources: dict[str, DataSet]) -> Toke
     sentences = [c for data in sources.values() for p in data.pictures for c in p.captions]
     if config.tokenizer.kind == "bpe":
         return BpeTokenizer.build(sentences, size=config.tokenizer.size)
-    return WordTokenizer.build(
-        sentences, min_count=config.tokenizer.min_count, max_size=config.tokenizer.max_size
-    )
+    count = config.tokenizer.min_count
+    tokenizer = WordTokenizer.build(sentences, min_count=count, max_size=config.tokenizer.max_size)
+    if len(tokenizer) == len(WordTokenizer.build([])):
+        raise ConfigError(f"tokenizer.min_count is {count}: no word of the training captions is so common")
+    return tokenizer

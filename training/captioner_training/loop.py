@@ -140,6 +140,12 @@ def _run(
             f"{state_path}: another process found a state there, and this one did not: --output must be a "
             "folder that all machines share"
         )
+    best = output / "model.safetensors"
+    if resumed is not None and resumed["progress"]["best"] > -math.inf and not best.is_file():
+        raise TrainingError(
+            f"{best}: the best checkpoint of this run is gone; put it back, choose another --output, or "
+            f"delete {state_path} to start anew"
+        )
     progress: dict[str, Any] = _BEGINNING if resumed is None else resumed["progress"]
     progress = dict(progress)
     if workers.first:

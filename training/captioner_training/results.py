@@ -86,13 +86,15 @@ def _load(path: str | PathLike[str]) -> Any:
     text = _read_text(path)
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ScoreError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         entries = []
         for number, line in lines:
             try:
                 entries.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as problem:
+            except (ValueError, RecursionError) as problem:
                 if entries:
                     raise ScoreError(f"{path}: line {number} is not JSON: {problem}") from None
                 break

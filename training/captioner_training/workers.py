@@ -160,11 +160,16 @@ def run_together(work: Callable[..., None], count: int, *arguments: Any) -> None
         folder = Path(name)
         try:
             spawn(_enter, (work, count, folder, arguments), nprocs=count)
-        except (ProcessRaisedException, ProcessExitedException):
+        except (ProcessRaisedException, ProcessExitedException) as error:
             if (folder / "mistake").exists():
                 raise ValueError((folder / "mistake").read_text(encoding="utf-8")) from None
             if (folder / "interrupted").exists():
                 raise KeyboardInterrupt from None
+            if isinstance(error, ProcessExitedException) and error.signal_name == "SIGKILL":
+                raise ValueError(
+                    "a training process was killed, as a system short of memory does; the last saved state "
+                    "stays: give the same command again, with fewer --processes if memory is short"
+                ) from None
             raise
 
 
