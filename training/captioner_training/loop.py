@@ -31,7 +31,14 @@ from captioner_training.experiment import Experiment
 from captioner_training.losses import caption_loss
 from captioner_training.optimisation import Average, build_optimiser, schedule
 from captioner_training.self_critical import self_critical_loss
-from captioner_training.state import TrainingError, alone_in, forget_later, load_state, save_state
+from captioner_training.state import (
+    TrainingError,
+    alone_in,
+    forget_later,
+    load_state,
+    save_state,
+    take_weights,
+)
 from captioner_training.tracking import Drawn, Tracker, draw
 from captioner_training.workers import Workers, launched, run_together, speaks
 
@@ -87,6 +94,7 @@ def train(
     if processes is None:
         processes = torch.get_num_threads() if device == "cpu" else 1
     experiment = Experiment(config, data_folder, cache_folder)
+    load_state(output / "state.pt", config, experiment.content())  # a mistake there comes before features
     experiment.model.to(device)
     get_ready(experiment)
     smallest = min(sum(len(experiment.sources[n]) for n in s.sources) for s in config.stages)
@@ -134,7 +142,9 @@ def _run(
         get_ready(experiment)
     content = experiment.content()
     state_path = output / "state.pt"
-    resumed = load_state(state_path, config, content, model)
+    resumed = load_state(state_path, config, content)
+    if resumed is not None:
+        take_weights(state_path, resumed, model)
     if workers.any(resumed is not None) and resumed is None:
         raise TrainingError(
             f"{state_path}: another process found a state there, and this one did not: --output must be a "

@@ -63,10 +63,8 @@ def save_state(
         ) from None
 
 
-def load_state(
-    path: Path, config: TrainingConfig, content: str, model: CaptionModel
-) -> dict[str, Any] | None:
-    """Return the saved state and put its weights into the model; None if there is none yet.
+def load_state(path: Path, config: TrainingConfig, content: str) -> dict[str, Any] | None:
+    """Return the saved state; None if there is none yet.
 
     Its tensors are on the CPU; whoever takes them moves them. AdamW wants its step counts there: on a GPU it
     would wait for each of them at every step.
@@ -76,29 +74,39 @@ def load_state(
     """
     if not path.exists():
         return None
-    advice = "choose another --output, or delete it to start anew"
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         saved = TrainingConfig.model_validate(json.loads(state["config"])).model_dump()
     except Exception as error:  # whatever a damaged file makes torch and pickle raise
         reason = " ".join(str(error).split())[:120]
-        raise ConfigError(f"{path}: not a state that can be resumed ({reason}): {advice}") from None
+        raise ConfigError(f"{path}: not a state that can be resumed ({reason}): {_ADVICE}") from None
     changed = [c for c in _differences(saved, config.model_dump()) if c.split(" ")[0] not in _FREE]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ConfigError(f"{path} is of another config ({'; '.join(changed[:3])}{more}): {advice}")
+        raise ConfigError(f"{path} is of another config ({'; '.join(changed[:3])}{more}): {_ADVICE}")
     if state["content"] != content:
         raise ConfigError(
-            f"{path} is of other data: its pictures, captions or vocabulary have changed since: {advice}"
+            f"{path} is of other data: its pictures, captions or vocabulary have changed since: {_ADVICE}"
         )
+    return state
+
+
+def take_weights(path: Path, state: dict[str, Any], model: CaptionModel) -> None:
+    """Put a state's weights into the model.
+
+    Raises:
+        ConfigError: if they are of another model.
+    """
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise ConfigError(
-            f"{path} is of another model, as of another start.model ({line}): {advice}"
+            f"{path} is of another model, as of another start.model ({line}): {_ADVICE}"
         ) from None
-    return state
+
+
+_ADVICE = "choose another --output, or delete that folder to start anew"
 
 
 @contextmanager
