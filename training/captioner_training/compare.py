@@ -372,7 +372,8 @@ def compare(
     started = time.monotonic()
     failures: dict[str, str] = {}
     clock = output / "minutes.json"
-    minutes = json.loads(clock.read_text())["minutes"] if clock.exists() else 0.0
+    before = json.loads(clock.read_text())["minutes"] if clock.exists() else 0.0
+    minutes = before
     try:
         build_features(waiting, jobs, data_folder, cache_folder or output / "cache")
         with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="runs", unit="run") as bar:
@@ -387,9 +388,10 @@ def compare(
                     failures[run.describe()] = failure or "it ended without a result"
                     tqdm.write(f"{run.describe()}: failed: {failures[run.describe()]}", file=sys.stderr)
                 bar.update()
+                minutes = _tick(clock, before, started)  # not only at the end: that may never come
     finally:
-        minutes += (time.monotonic() - started) / 60
-        write_atomically(clock, json.dumps({"minutes": round(minutes, 2)}).encode())
+        if waiting:
+            minutes = _tick(clock, before, started)
 
     finished = [result for result in results.values() if result is not None]
     if not finished:
@@ -424,6 +426,13 @@ def compare(
     write_report(facts_of_all, report, output / "figures")
     say(summary_table(facts_of_all))
     return Comparison(report, len(finished), failures)
+
+
+def _tick(clock: Path, before: float, started: float) -> float:
+    """Write down and return how many minutes all calls together have taken."""
+    minutes = before + (time.monotonic() - started) / 60
+    write_atomically(clock, json.dumps({"minutes": round(minutes, 2)}).encode())
+    return minutes
 
 
 def build_features(runs: Sequence[Run], threads: int, data_folder: Path, cache_folder: Path) -> None:
