@@ -45,6 +45,8 @@ class Word:
         gate: the scalar gate on the context vector, 0 to 1 (Show, Attend and Tell, section 4.2.1);
             ``None`` when the model has none.
         given: whether the word was given by the caller (``prefix=``) and not chosen by the model.
+        word_attention: ``(W,)`` float32 weights on the caption's ``guesses``; the rest was on none of them;
+            ``None`` when the model has no word memory.
     """
 
     text: str
@@ -54,6 +56,7 @@ class Word:
     attention: np.ndarray | None = None
     gate: float | None = None
     given: bool = False
+    word_attention: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +78,8 @@ class Caption:
         fit: how the photo was fitted into the network's square.
         times: ``(F,)`` seconds, one for each frame; a photo has one frame at 0.
         n_best: further hypotheses, best first, beginning with this one; empty unless asked for.
+        guesses: the W words that the picture brought to mind before the first word was said, likeliest first,
+            each with the probability that a caption holds it; empty when the model has no word memory.
     """
 
     text: str
@@ -87,6 +92,7 @@ class Caption:
     fit: Fit
     times: np.ndarray = field(default_factory=lambda: np.zeros(1, np.float32))
     n_best: tuple[Caption, ...] = ()
+    guesses: tuple[Alternative, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -121,6 +127,7 @@ class Caption:
             "log_probability": _rounded(self.log_probability),
             "finished": self.finished,
             "words": [self._word_record(word, attention) for word in self.words],
+            "guesses": [{"word": g.text, "probability": _rounded(g.probability)} for g in self.guesses],
         }
         if attention:
             record["grid"] = list(self.grid)
@@ -155,6 +162,8 @@ class Caption:
             record["attention"] = (
                 None if cells is None else np.round(cells.astype(float).reshape(-1, *self.grid), 6).tolist()
             )
+            named = word.word_attention
+            record["word_attention"] = None if named is None else np.round(named.astype(float), 6).tolist()
         return record
 
     def overlay(self, image: Any, **options: Any) -> Image.Image:

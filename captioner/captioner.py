@@ -229,10 +229,11 @@ class Captioner:
             continues=self._continues,
         )
         familiar = self._familiarity(features)
+        guesses = self._guesses(features)
         captions = []
         for i, hypotheses in enumerate(found):
             ranked = [
-                self._caption(h, features, i, prefixes[i], familiar[i] if familiar else None)
+                self._caption(h, features, i, prefixes[i], familiar[i] if familiar else None, guesses[i])
                 for h in hypotheses
             ]
             captions.append(replace(ranked[0], n_best=tuple(ranked)) if chosen.n_best > 1 else ranked[0])
@@ -293,6 +294,18 @@ class Captioner:
         pooled = pool(features)
         return [self.calibration.familiarity(p) for p in pooled]
 
+    def _guesses(self, features: GridFeatures) -> list[tuple[Alternative, ...]]:
+        found = self.model.guesses(features)
+        if found is None:
+            return [()] * len(features)
+        return [
+            tuple(
+                Alternative(self.model.tokenizer.piece(token), probability)
+                for token, probability in zip(tokens, probabilities, strict=True)
+            )
+            for tokens, probabilities in zip(found.tokens.tolist(), found.probabilities.tolist(), strict=True)
+        ]
+
     def _caption(
         self,
         hypothesis: Hypothesis,
@@ -300,6 +313,7 @@ class Captioner:
         item: int,
         prefix: str,
         familiar: tuple[float, float] | None,
+        guesses: tuple[Alternative, ...],
     ) -> Caption:
         """Turn tokens into words: probabilities multiply, attention and gate are averaged."""
         frames = features.data.shape[1]
@@ -332,6 +346,9 @@ class Captioner:
                     else hypothesis.attention[positions].mean(0).reshape(frames, -1),
                     gate=None if hypothesis.gates is None else float(hypothesis.gates[positions].mean()),
                     given=given,
+                    word_attention=None
+                    if hypothesis.word_attention is None
+                    else hypothesis.word_attention[positions].mean(0),
                 )
             )
         chosen = [w for w in words if not w.given] or words
@@ -351,6 +368,7 @@ class Captioner:
             grid=features.grid,
             fit=features.fits[item],
             times=features.times[item].cpu().numpy().astype(np.float32),
+            guesses=guesses,
         )
 
     def _words(self, hypothesis: Hypothesis, prefix: str) -> list[tuple[str, list[int]]]:

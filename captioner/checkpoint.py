@@ -203,10 +203,16 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
             raise CheckpointError(
                 f"{path}: {name} should have shape {tuple(tensor.shape)} and has {tuple(stored[name].shape)}"
             )
-        if not stored[name].is_floating_point():
-            raise CheckpointError(f"{path}: {name} should hold floats and holds {stored[name].dtype}")
+        if stored[name].is_floating_point() != tensor.is_floating_point():
+            kind = "floats" if tensor.is_floating_point() else "whole numbers"
+            raise CheckpointError(f"{path}: {name} should hold {kind} and holds {stored[name].dtype}")
     full = {}
     for name, tensor in stored.items():
+        if not tensor.is_floating_point():  # ids of words
+            if len(tensor) and not 0 <= int(tensor.min()) <= int(tensor.max()) < len(model.tokenizer):
+                raise CheckpointError(f"{path}: damaged: {name} holds ids that the vocabulary has not")
+            full[name] = tensor.to(device)
+            continue
         wide = tensor.to(torch.float32)
         if not wide.isfinite().all():
             raise CheckpointError(f"{path}: damaged: {name} holds numbers that are not finite")

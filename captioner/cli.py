@@ -539,7 +539,7 @@ class _JsonlWriter(_Writer):
 class _CsvWriter(_Writer):
     columns = (
         *("path", "caption", "confidence", "score", "log_probability", "finished"),
-        *("error", "model", "schema", "words", "n_best"),
+        *("error", "model", "schema", "words", "n_best", "guesses"),
     )
 
     def write(self, result: FileResult) -> None:
@@ -936,7 +936,8 @@ def calibrate(
 ) -> None:
     """Make confidences mean something.
 
-    Fits what makes confidences of probabilities, on the config's validation sets, and reports how well.
+    Fits what makes confidences of probabilities, on the pictures of the config's validation sets with even
+    ids, and reports how well that holds on those with odd ids.
     """
     with _mistakes():
         from captioner_training.calibrate import calibrate as run
@@ -1019,6 +1020,26 @@ def evaluate(
         bool | None,
         typer.Option("--spice/--no-spice", help="Run SPICE too. [default: if its models are there]"),
     ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="Measure, in the place of scores, whether attention and confidence mean anything.",
+        ),
+    ] = False,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --trust: of so many pictures, drawn at random, parts are hidden; 0 takes all. Each is "
+            "encoded about 30 times. [default: 200]",
+            metavar="N",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="With --trust: write reliability diagrams, .png, .svg or .pdf.", metavar="FILE"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -1027,11 +1048,47 @@ def evaluate(
     All by the official code, with bootstrap intervals, beside published results; and what papers leave out.
 
     Either generates a caption for every picture of --data (once, with the model), or scores --results.
+
+    With --trust it measures instead whether attention and confidence mean anything (docs/evaluation.md).
     """
     with _mistakes():
         from captioner_training.scoring import Evaluation, evaluate_files
 
         chosen = {"beam": beam, "length_penalty": length_penalty}
+        if trust:
+            for name, given in {
+                **{"results": results, "annotations": annotations, "save-results": save_results},
+                **{"training": training, "spice": spice, "published": published.value != "auto" or None},
+            }.items():
+                if given is not None and given != []:
+                    _fail(f"--{name} is for scores, which --trust does not compute")
+            if data is None:
+                _fail("give --data: pictures with captions in COCO's format")
+            from captioner_training.trust import PICTURES
+            from captioner_training.trust import trust as measure
+
+            measured = measure(
+                _load(model, device),
+                data,
+                images=images or [],
+                split=split,
+                highest=highest,
+                config=config,
+                fit=fit.value if fit else None,
+                options={k: v for k, v in chosen.items() if v is not None},
+                pictures=PICTURES if pictures is None else pictures,
+                plot=plot,
+                progress=sys.stderr.isatty(),
+            )
+            if as_json:
+                found = {name: one.to_dict() for name, one in measured.items()}
+                _print(_dumps(found if config is not None else next(iter(found.values())), indent=2))
+            else:
+                _print("\n\n".join(one.format() for one in measured.values()))
+            return
+        for name, wish in {"pictures": pictures, "plot": plot}.items():
+            if wish is not None:
+                _fail(f"--{name} needs --trust")
         for name, value in {
             **{"model": model, "data": data, "config": config, "images": images, "highest": highest},
             **{"save_results": save_results, "fit": fit, **chosen},

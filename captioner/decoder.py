@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captioner.attention import ATTENTIONS, masked_mean
+from captioner.attention import ATTENTIONS, AdditiveAttention, masked_mean
 from captioner.shared import SharedMatrices
+from captioner.words import WordGuesser
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
@@ -36,6 +37,11 @@ class DecoderConfig:
         tied: output weights are the embeddings (Press and Wolf 2017).
         layer_norm: normalise what goes into the gates, and the LSTM's memory (Ba, Kiros and Hinton 2016).
         dropout: probability, on embeddings, projected cells and the output layer.
+        words: W, how many of the guessed words the decoder attends to beside the grid; 0: no word memory.
+        concepts: K, how many words can be guessed.
+        word_attention_width: width of keys and queries of the word memory.
+        word_dropout: probability that a guess is left out in training, so that none is trusted blindly.
+        styles: how many ways of writing are told apart in training beside the one that the model speaks.
     """
 
     cell: str = "lstm"
@@ -49,6 +55,11 @@ class DecoderConfig:
     tied: bool = True
     layer_norm: bool = False
     dropout: float = 0.5
+    words: int = 0
+    concepts: int = 0
+    word_attention_width: int = 128
+    word_dropout: float = 0.0
+    styles: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,16 +67,22 @@ class DecoderConfig:
             wanted: Any = {"str": str, "int": int, "bool": bool, "float": (int, float)}[str(field.type)]
             if not isinstance(value, wanted) or (isinstance(value, bool) and field.type != "bool"):
                 raise ValueError(f"decoder.{field.name} must be {field.type}, not {value!r}")
-            if field.type == "int" and value < 1:
-                raise ValueError(f"decoder.{field.name} must be at least 1, not {value}")
+            least = 0 if field.name in ("words", "concepts", "styles") else 1
+            if field.type == "int" and value < least:
+                raise ValueError(f"decoder.{field.name} must be at least {least}, not {value}")
         if self.cell not in CELLS:
             raise ValueError(f"decoder.cell must be one of {', '.join(CELLS)}, not {self.cell!r}")
         if self.attention not in ATTENTIONS:
             raise ValueError(
                 f"decoder.attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"decoder.dropout must be in [0, 1), not {self.dropout}")
+        for name in ("dropout", "word_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"decoder.{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.words > self.concepts:
+            raise ValueError(
+                f"decoder.words is {self.words}, but only decoder.concepts = {self.concepts} can be guessed"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for JSON."""
@@ -83,42 +100,53 @@ class DecoderConfig:
 class Memory(NamedTuple):
     """What the decoder attends to: computed once for each picture, read at every step.
 
-    cells ``(N, C, E')``, keys ``(N, C, A)`` or None without attention, mask ``(N, C)``.
+    cells ``(N, C, E')``, keys ``(N, C, A)`` or None without attention, mask ``(N, C)``. The word memory, or
+    None: words ``(N, 1 + W, M)``, the first of which says that no guess is meant, their keys
+    ``(N, 1 + W, A')`` and their mask ``(N, 1 + W)``, the probability of each guess.
     """
 
     cells: Tensor
     keys: Tensor | None
     mask: Tensor
+    words: Tensor | None = None
+    word_keys: Tensor | None = None
+    word_mask: Tensor | None = None
 
     def select(self, rows: Tensor) -> Memory:
         """Return the memory of the given rows, in that order; a row may repeat."""
-        keys = None if self.keys is None else self.keys.index_select(0, rows)
-        return Memory(self.cells.index_select(0, rows), keys, self.mask.index_select(0, rows))
+        return Memory(*(None if part is None else part.index_select(0, rows) for part in self))  # type: ignore[arg-type]
+
+    def detach(self) -> Memory:
+        """Return the memory without its history of gradients."""
+        return Memory(*(None if part is None else part.detach() for part in self))  # type: ignore[arg-type]
 
 
 class StepOutput(NamedTuple):
     """One step: hidden features for the output layer ``(N, M)`` or logits, new state, attention, gate.
 
     output ``(N, M)`` goes through `Decoder.logits`; state ``(N, S, H)``; attention ``(N, C)`` or None;
-    gate ``(N,)`` or None.
+    gate ``(N,)`` or None; word_attention ``(N, 1 + W)`` or None, as `Memory` has the words.
     """
 
     output: Tensor
     state: Tensor
     attention: Tensor | None
     gate: Tensor | None
+    word_attention: Tensor | None = None
 
 
 class UnrolledStep(NamedTuple):
     """One step of a pass over known words: new state ``(n, S, H)`` and what was seen at it.
 
-    context ``(n, E')``, after its gate, attention ``(n, C)``, gate ``(n,)``: None without attention.
+    context ``(n, E')``, after its gate, attention ``(n, C)``, gate ``(n,)``: None without attention. named
+    ``(n, M)``: what was read in the word memory, None without one.
     """
 
     state: Tensor
     context: Tensor | None
     attention: Tensor | None
     gate: Tensor | None
+    named: Tensor | None = None
 
 
 class RecurrentCell(nn.Module):
@@ -244,11 +272,49 @@ class Decoder(nn.Module):
         if config.tied:
             self.output.weight = self.embedding.weight
         self.dropout = nn.Dropout(config.dropout)
+        self.style = nn.Parameter(torch.zeros(config.styles, config.embedding)) if config.styles else None
+        self.guesser: WordGuesser | None = None
+        if config.words:
+            width = config.embedding
+            self.guesser = WordGuesser(feature_width, config.concepts)
+            self.nothing = nn.Parameter(torch.zeros(width))
+            self.sure = nn.Parameter(torch.zeros(width))
+            self.word_attention = AdditiveAttention(width, config.hidden, config.word_attention_width)
+            self.input_words = nn.Linear(width, width, bias=False)
+            self.output_words = nn.Linear(width, width, bias=False)
+            with torch.no_grad():  # what is read makes its own word likelier: a beginning of copying
+                self.input_words.weight.zero_()
+                self.output_words.weight.copy_(torch.eye(width))
 
     def memory(self, features: Tensor, mask: Tensor) -> Memory:
         """Project grid features ``(N, C, D)`` with their mask ``(N, C)``, once for each picture."""
         cells = self.dropout(torch.relu(self.project(features)))
-        return Memory(cells, self.attention.prepare(cells) if self.attention else None, mask)
+        keys = self.attention.prepare(cells) if self.attention else None
+        if self.guesser is None:
+            return Memory(cells, keys, mask)
+        return Memory(cells, keys, mask, *self._remember(self.guess(features, mask)))
+
+    def guess(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits ``(N, K)`` of the words that features ``(N, C, D)`` bring to mind."""
+        assert self.guesser is not None
+        return self.guesser(features, mask)
+
+    def _remember(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the likeliest words, their keys and their mask: see `Memory`.
+
+        The guesses learn from what they should have been alone, and not from the captions' loss: they stay
+        probabilities.
+        """
+        assert self.guesser is not None
+        tokens, probabilities = self.guesser.best(logits.detach(), self.config.words)
+        if self.training and self.config.word_dropout:
+            kept = torch.rand(probabilities.shape, device=probabilities.device) >= self.config.word_dropout
+            probabilities = probabilities * kept
+        guessed = self.embedding(tokens) + probabilities[..., None] * self.sure
+        nothing = self.nothing.expand(len(guessed), 1, -1)
+        words = self.dropout(torch.cat((nothing, guessed), 1))
+        mask = torch.cat((torch.ones_like(probabilities[:, :1]), probabilities), 1)
+        return words, self.word_attention.prepare(words), mask
 
     def start(self, memory: Memory) -> Tensor:
         """Return the initial state ``(N, S, H)`` from the mean of the cells that may be seen."""
@@ -264,34 +330,50 @@ class Decoder(nn.Module):
 
     def step_embedded(self, embedded: Tensor, state: Tensor, memory: Memory) -> StepOutput:
         """Do `step` with embeddings ``(N, M)`` in the place of tokens."""
-        weights = gate = context = None
+        weights = gate = context = named = word_weights = None
+        read = embedded
+        if memory.words is not None:
+            word_weights = self.word_attention(state[:, 0], memory.word_keys, memory.word_mask)
+            named = torch.bmm(word_weights, memory.words).flatten(0, 1)
+            read = embedded + self.input_words(named)
         if self.attention is not None:
             weights = self.attention(state[:, 0], memory.keys, memory.mask)
             context = torch.bmm(weights, memory.cells).flatten(0, 1)
             if self.gate is not None:
                 gate = torch.sigmoid(self.gate(state[:, 0]))
                 context = gate * context
-            state = self.cell(torch.cat((embedded, context), dim=-1), state)
+            state = self.cell(torch.cat((read, context), dim=-1), state)
         else:
-            state = self.cell(embedded, state)
+            state = self.cell(read, state)
         return StepOutput(
-            self.output_of(embedded, state[:, 0], context),
+            self.output_of(embedded, state[:, 0], context, named),
             state,
             None if weights is None else weights.flatten(0, 1),
             None if gate is None else gate.squeeze(-1),
+            None if word_weights is None else word_weights.flatten(0, 1),
         )
 
-    def output_of(self, embedded: Tensor, hidden: Tensor, context: Tensor | None) -> Tensor:
+    def output_of(
+        self, embedded: Tensor, hidden: Tensor, context: Tensor | None, named: Tensor | None = None
+    ) -> Tensor:
         """Return a step's output ``(…, M)`` from the word that it read, its new state, and what it saw."""
         output = self.output_state(self.dropout(hidden))
         if self.output_context is not None and context is not None:
             output = output + embedded + self.output_context(context)  # equation 7
+        if named is not None:
+            output = output + self.output_words(named)
         return output
 
     def unrolled_step(self, from_words: Tensor, state: Tensor, unrolled: Unrolled) -> UnrolledStep:
         """Do `step_embedded` for the first n rows of a pass, but for the output, which can wait."""
-        weights = gate = context = None
+        weights = gate = context = named = None
         hidden = state[:, 0]
+        if unrolled.words is not None:
+            energies = unrolled.word_energies(self.word_attention.query(hidden))
+            named = unrolled.words.multiply(
+                torch.softmax(energies + unrolled.word_log_mask[: len(state)], dim=-1)
+            )
+            from_words = torch.addmm(from_words, named, unrolled.named_map)
         if self.attention is not None:
             energies = unrolled.energies(self.attention.query(hidden))
             weights = torch.softmax(energies + unrolled.log_mask[: len(state)], dim=-1)
@@ -302,7 +384,7 @@ class Decoder(nn.Module):
             from_words = torch.addmm(from_words, context, unrolled.context_map)
         from_hidden = F.linear(hidden, unrolled.hidden_map, unrolled.hidden_bias)
         state = self.cell.advance(from_words, from_hidden, state)
-        return UnrolledStep(state, context, weights, None if gate is None else gate.squeeze(-1))
+        return UnrolledStep(state, context, weights, None if gate is None else gate.squeeze(-1), named)
 
     def logits(self, output: Tensor) -> Tensor:
         """Map step outputs ``(…, M)`` to logits ``(…, V)``."""
@@ -322,6 +404,14 @@ class Unrolled:
             self.cells = SharedMatrices(memory.cells)
             self.energies = decoder.attention.share(memory.keys)
             self.log_mask = memory.mask.log()
+        self.words = None
+        if memory.words is not None:
+            assert memory.word_keys is not None
+            assert memory.word_mask is not None
+            self.words = SharedMatrices(memory.words)
+            self.word_energies = decoder.word_attention.share(memory.word_keys)
+            self.word_log_mask = memory.word_mask.log()
+            self.named_map = (self.word_map @ decoder.input_words.weight).T  # both maps in one
 
     def from_words(self, embedded: Tensor) -> Tensor:
         """Return what embeddings ``(…, M)`` contribute to the gates; those of all steps fit one product."""

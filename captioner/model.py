@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,6 +14,7 @@ from captioner.decoder import Decoder, DecoderConfig, Memory, Unrolled, Unrolled
 from captioner.encoder import Encoder, GridFeatures, encode
 from captioner.images import Fit
 from captioner.tokenizer import Tokenizer
+from captioner.words import Guesses
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,21 @@ class CaptionModel(nn.Module):
         """Project the features for the decoder; frames and cells become one axis ``C = F * R``."""
         return self.decoder.memory(features.data.flatten(1, 2), features.mask.flatten(1, 2))
 
-    def forward(self, memory: Memory, tokens: Tensor, lengths: Tensor, own: float = 0.0) -> TeacherForced:
+    def guesses(self, features: GridFeatures) -> Guesses | None:
+        """Return the words that the decoder attends to, W of each picture; None without a word memory."""
+        guesser, count = self.decoder.guesser, self.decoder.config.words
+        if guesser is None:
+            return None
+        return guesser.best(guesser(features.data.flatten(1, 2), features.mask.flatten(1, 2)), count)
+
+    def forward(
+        self,
+        memory: Memory,
+        tokens: Tensor,
+        lengths: Tensor,
+        own: float = 0.0,
+        styles: Tensor | None = None,
+    ) -> TeacherForced:
         """Run the decoder on the true captions.
 
         Args:
@@ -65,6 +81,8 @@ class CaptionModel(nn.Module):
                 a GPU they are best left on the CPU, which would have to wait for them.
             own: probability that a word is read from the model's own distribution and not from the caption:
                 scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099).
+            styles: ``(N,)`` who wrote each caption: 0 for those whose way of writing the model is to
+                speak; the others begin with a start token of their own.
 
         Raises:
             ValueError: if the lengths do not descend.
@@ -77,7 +95,11 @@ class CaptionModel(nn.Module):
         valid = torch.arange(steps)[:, None] < torch.tensor(counts)
         running = valid.sum(1).tolist()
         here = valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        words = decoder.dropout(decoder.embedding(tokens[:, :steps].T.flatten().index_select(0, here)))
+        words = decoder.embedding(tokens[:, :steps].T.flatten().index_select(0, here))
+        if styles is not None and decoder.style is not None:
+            first = words[: len(styles)] + F.pad(decoder.style, (0, 0, 1, 0))[styles]
+            words = torch.cat((first, words[len(styles) :]))
+        words = decoder.dropout(words)
         unrolled = Unrolled(decoder, memory)
         from_words = list(unrolled.from_words(words).split(running))
         read = list(words.split(running))
@@ -93,7 +115,10 @@ class CaptionModel(nn.Module):
         hidden = torch.cat([step.state[:, 0] for step in taken])
         seen = [step.context for step in taken if step.context is not None]
         words = torch.cat(read) if own else words
-        outputs = decoder.output_of(words, hidden, torch.cat(seen) if seen else None)
+        named = [step.named for step in taken if step.named is not None]
+        outputs = decoder.output_of(
+            words, hidden, torch.cat(seen) if seen else None, torch.cat(named) if named else None
+        )
         rows = (valid.flatten().cumsum(0).view_as(valid) - 1).T[valid.T].to(device, non_blocking=True)
         return TeacherForced(
             logits=decoder.logits(outputs.index_select(0, rows)),
@@ -114,7 +139,8 @@ class CaptionModel(nn.Module):
         count, decoder = len(words), self.decoder
         with torch.no_grad():
             context = None if step.context is None else step.context[:count]
-            logits = decoder.logits(decoder.output_of(before, step.state[:count, 0], context))
+            named = None if step.named is None else step.named[:count]
+            logits = decoder.logits(decoder.output_of(before, step.state[:count, 0], context, named))
             said = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
             chosen = torch.rand(count, 1, device=words.device) < own
         return torch.where(chosen, decoder.dropout(decoder.embedding(said)), words)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captioner.decoder import Decoder, Memory
+from captioner.decoder import Decoder, Memory, StepOutput
 from captioner.tokenizer import END, PAD, START, UNKNOWN
 
 MAX_STATES = 64
@@ -105,6 +105,8 @@ class Hypothesis:
         token_log_probabilities: ``(T,)``, of all tokens, the given ones too.
         attention: ``(T, C)`` or None.
         gates: ``(T,)`` or None.
+        word_attention: ``(T, W)`` on the guessed words, or None without a word memory; the rest, to 1, is
+            on none of them.
         alternatives: ``(T, A)`` ids of the likeliest tokens.
         alternative_probabilities: ``(T, A)``, 0 to 1.
     """
@@ -117,6 +119,7 @@ class Hypothesis:
     token_log_probabilities: np.ndarray
     attention: np.ndarray | None
     gates: np.ndarray | None
+    word_attention: np.ndarray | None
     alternatives: np.ndarray
     alternative_probabilities: np.ndarray
 
@@ -262,6 +265,7 @@ class _Trace:
     log_probs: list[Tensor] = field(default_factory=list)  # (n, G) of the chosen token
     attention: list[Tensor] = field(default_factory=list)  # (n, G, C) by old slot
     gates: list[Tensor] = field(default_factory=list)  # (n, G) by old slot
+    word_attention: list[Tensor] = field(default_factory=list)  # (n, G, W) by old slot
     alternatives: list[Tensor] = field(default_factory=list)  # (n, G, A) by old slot
     probabilities: list[Tensor] = field(default_factory=list)
 
@@ -277,6 +281,7 @@ class _Trace:
             for name in ("rows", "tokens", "parents", "log_probs", "gates", "alternatives", "probabilities")
         }
         attention = [tensor.float().cpu().numpy() for tensor in self.attention]
+        named = [tensor.float().cpu().numpy() for tensor in self.word_attention]
         positions = [{int(b): r for r, b in enumerate(rows)} for rows in arrays["rows"]]
         found = []
         for (picture, step, slot), (finished, score, log_probability) in zip(ends, facts, strict=True):
@@ -306,6 +311,11 @@ class _Trace:
                     else None,
                     gates=np.array([arrays["gates"][t][r, old] for t, r, old, _ in path], np.float32)
                     if self.gates
+                    else None,
+                    word_attention=np.array([named[t][r, old] for t, r, old, _ in path], np.float32).reshape(
+                        len(path), named[0].shape[-1]
+                    )
+                    if named
                     else None,
                     alternatives=np.array(
                         [arrays["alternatives"][t][r, old] for t, r, old, _ in path], np.int64
@@ -490,7 +500,7 @@ class _Search:
             self._cut(raw, t)
             self.rows = self.rows[:0]
             return
-        self._record(raw, output.attention, output.gate)
+        self._record(raw, output)
         allowed = self._allowed(raw, t)
         if self.walk:
             done = self._walk(raw, allowed, t, output.state)
@@ -526,8 +536,8 @@ class _Search:
         allowed[..., END] = torch.where(stuck, raw[..., END], allowed[..., END])
         return allowed
 
-    def _record(self, raw: Tensor, attention: Tensor | None, gate: Tensor | None) -> None:
-        n = len(self.rows)
+    def _record(self, raw: Tensor, output: StepOutput) -> None:
+        n, (attention, gate, named) = len(self.rows), output[2:]
         self.trace.rows.append(self.rows)
         count = min(self.options.alternatives, self.vocabulary)
         likeliest, ids = raw.topk(count, -1)
@@ -537,6 +547,8 @@ class _Search:
             self.trace.attention.append(attention.view(n, self.slots, -1))
         if gate is not None:
             self.trace.gates.append(gate.view(n, self.slots).float())
+        if named is not None:
+            self.trace.word_attention.append(named[:, 1:].reshape(n, self.slots, -1))
 
     def _walk(self, raw: Tensor, allowed: Tensor, t: int, state: Tensor) -> Tensor:
         """Take one token for each picture: the likeliest, or one drawn at random."""

@@ -60,8 +60,25 @@ def test_record() -> None:
             }
             for text in ("a", "dog", "'s")
         ],
+        "guesses": [],
     }
     assert json.loads(json.dumps(record)) == record
+
+
+def test_guesses_are_written_and_attention_to_them_when_it_is_asked_for() -> None:
+    caption = make_caption()
+    words = [replace(w, word_attention=np.array([0.25, 0.125], np.float32)) for w in caption.words]
+    caption = replace(
+        caption, words=tuple(words), guesses=(Alternative("dog", 0.9), Alternative("grass", 0.123456789))
+    )
+    record = caption.to_dict()
+    assert record["guesses"] == [
+        {"word": "dog", "probability": 0.9},
+        {"word": "grass", "probability": 0.123457},
+    ]
+    assert "word_attention" not in record["words"][0]
+    assert caption.to_dict(attention=True)["words"][2]["word_attention"] == [0.25, 0.125]
+    assert make_caption().to_dict(attention=True)["words"][0]["word_attention"] is None
 
 
 def test_attention_is_written_when_it_is_asked_for() -> None:

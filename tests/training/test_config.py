@@ -54,9 +54,9 @@ def test_a_shipped_config_loads_and_its_decoder_builds(path):
     if config.start is not None:
         assert config.decoder is None
         return
-    decoder = config.decoder.build()
+    decoder = config.decoder.build(concepts=20, styles=1)
     assert isinstance(decoder, DecoderConfig)
-    assert decoder.to_dict() == config.decoder.model_dump()
+    assert decoder.to_dict() == {**config.decoder.model_dump(), "concepts": 20, "styles": 1}
     Decoder(decoder, 1280, 50)
 
 
@@ -246,6 +246,7 @@ def sections() -> dict[str, type[BaseModel]]:
         "encoder.": configs.EncoderConfig,
         "tokenizer.": configs.TokenizerConfig,
         "decoder.": configs.DecoderSection,
+        "concepts.": configs.ConceptsConfig,
         "loss.": configs.LossConfig,
         "stages[].": configs.StageConfig,
         "search.": configs.SearchConfig,
@@ -273,7 +274,7 @@ def test_the_documentation_names_every_key_with_its_default():
                 expected[prefix + name] = "required"
             else:
                 expected[prefix + name] = field.default
-    for name in ("data", "start", "encoder", "decoder"):  # sections too, whose keys have rows
+    for name in ("data", "start", "encoder", "decoder", "concepts"):  # sections too, whose keys have rows
         del expected[name]
     assert rows.keys() == expected.keys()
     for key, default in expected.items():

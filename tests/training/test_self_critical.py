@@ -9,7 +9,7 @@ from captioner_training.self_critical import advantages, log_probabilities, samp
 from conftest import sharpen
 from shape_data import COMBINATIONS, captions
 
-from captioner.decoder import DecoderConfig, Memory
+from captioner.decoder import DecoderConfig
 from captioner.model import CaptionModel
 from captioner.tokenizer import END, PAD, START, UNKNOWN, WordTokenizer
 
@@ -205,7 +205,7 @@ def test_a_generator_of_its_own():
 def test_dropout_is_off_while_drawing():
     """What dropout does to the loss is left to the pass that learns; and the mode stays as it was."""
     model = make_model(tuple("abcdefgh"), dropout=0.9)
-    memory = Memory(*(t.detach() for t in make_memory(model.eval())))
+    memory = make_memory(model.eval()).detach()
     drawn = []
     for training in (True, False):
         model.train(training)

@@ -39,6 +39,8 @@ class SourceConfig(_Strict):
     """Take only the pictures with the highest ids."""
     exclude_sets: list[str] = []
     """Leave out the pictures whose ``set`` is one of these."""
+    style: Annotated[int, Field(ge=0)] = 0
+    """Whose way of writing: 0 is the one that the model is to speak, others begin with a start token each."""
     note: str = ""
     """Who wrote the captions, under what terms; goes into the checkpoint."""
 
@@ -83,10 +85,24 @@ class DecoderSection(_Strict):
     tied: bool = True
     layer_norm: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    words: Annotated[int, Field(ge=0)] = 0
+    word_attention_width: Positive = 128
+    word_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
-    def build(self) -> DecoderConfig:
-        """Return the library's own config."""
-        return DecoderConfig(**self.model_dump())
+    def build(self, concepts: int = 0, styles: int = 0) -> DecoderConfig:
+        """Return the library's own config, for so many words to guess and further styles."""
+        return DecoderConfig(**self.model_dump(), concepts=concepts, styles=styles)
+
+
+class ConceptsConfig(_Strict):
+    """Which words are guessed of a picture, for the word memory (``decoder.words``)."""
+
+    min_pictures: Positive = 50
+    """Content words of so many training pictures' captions are guessed."""
+    imagenet: bool = False
+    """Guess what the encoder's ImageNet classifier knows too, and keep it known while the encoder changes."""
+    weight: Annotated[float, Field(gt=0)] = 0.1
+    """Of the guesses' loss: binary cross-entropy, summed over words, mean over pictures."""
 
 
 class LossConfig(_Strict):
@@ -134,6 +150,10 @@ class StageConfig(_Strict):
     """Largest norm of the gradient."""
     clip_value: Annotated[float, Field(gt=0)] | None = None
     """Largest size of each of its numbers, before the norm is clipped."""
+    crops: Annotated[int, Field(ge=0)] | None = None
+    """Other than the experiment's ``crops``."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Another dropout than the stage before."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the exponential moving average of the weights that is validated and kept; 0 turns it off."""
     average_epochs: Positive = 1
@@ -202,6 +222,7 @@ class TrainingConfig(_Strict):
     word_vectors: str | None = None
     """First embeddings from a text file of GloVe's or word2vec's format, relative to the data folder."""
     decoder: DecoderSection | None = None
+    concepts: ConceptsConfig | None = None
     loss: LossConfig = LossConfig()
     flips: bool = True
     """Show each picture mirrored every other time."""
@@ -232,10 +253,12 @@ class TrainingConfig(_Strict):
             raise ValueError(
                 "data.validation must name at least one set: the best checkpoint is chosen on it"
             )
+        if bool(self.decoder and self.decoder.words) != bool(self.concepts):
+            raise ValueError("decoder.words and concepts belong together: give both or neither")
         if self.start is None and self.encoder is None:
             raise ValueError("encoder is missing (or start, to go on from a trained captioner)")
         if self.start is not None:
-            for key in ("encoder", "decoder", "word_vectors"):
+            for key in ("encoder", "decoder", "concepts", "word_vectors"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"{key} cannot be given with start: the captioner there brings its own")
             if self.tokenizer.kind != "word":

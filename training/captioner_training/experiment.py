@@ -7,20 +7,26 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
 from captioner import checkpoint
-from captioner.decoder import DecoderConfig
 from captioner.encoder import ENCODERS, Encoder
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
 from captioner.tokenizer import END, BpeTokenizer, Tokenizer, WordTokenizer
+from captioner_training import concepts
 from captioner_training.adapt import begin
 from captioner_training.cider import CiderD
-from captioner_training.config import ConfigError, EncoderConfig, StageConfig, TrainingConfig
+from captioner_training.config import (
+    ConfigError,
+    DecoderSection,
+    EncoderConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from captioner_training.data import DataSet, load_data_set
 from captioner_training.evaluate import generate
 from captioner_training.features import FeatureCache, Features, LivePictures, same_pictures
@@ -42,6 +48,9 @@ class Experiment:
         sources: data sets to train on, by name.
         validation: data sets to validate on, by name.
         model: fresh, or what ``start`` names with its new words.
+        styles: for each source whose way of writing its captions have, see `SourceConfig.style`.
+        words: for each source the ``(n, K)`` targets of the word guesses, empty before `know_words` and
+            without a word memory.
         targets: for each source and picture the token ids of its captions, at most `LONGEST`.
         notes: what a person should be told before training starts.
     """
@@ -84,6 +93,8 @@ class Experiment:
             self.notes.append(
                 f"{cut:,} captions are longer than {LONGEST - 1} tokens: of these the beginning is learned"
             )
+        self.styles = {name: config.data.sources[name].style for name in self.sources}
+        self.words: dict[str, torch.Tensor] = {}
         self._scorers: dict[str, Scorer] = {}
 
     def _begin(self, data_folder: Path) -> CaptionModel:
@@ -95,11 +106,50 @@ class Experiment:
             self.notes += start.lines
             return start.model
         assert config.encoder is not None
-        decoder = config.decoder.build() if config.decoder is not None else DecoderConfig()
-        model = CaptionModel(build_encoder(config.encoder), decoder, build_tokenizer(config, self.sources))
+        tokenizer = build_tokenizer(config, self.sources)
+        self.concepts: list[int] = []
+        if config.concepts is not None:
+            self.concepts = concepts.choose(config.concepts, self.sources, tokenizer)
+            if config.concepts.imagenet:
+                concepts.classifier(config.encoder.name)  # a mistake there comes before features
+        styles = max(config.data.sources[name].style for name in self.sources)
+        decoder = config.decoder or DecoderSection()
+        model = CaptionModel(
+            build_encoder(config.encoder), decoder.build(len(self.concepts), styles), tokenizer
+        )
         if config.word_vectors is not None:
             self.notes.append(begin_with(model, data_folder / config.word_vectors))
         return model
+
+    def know_words(self) -> None:
+        """Fill `words`, and begin the model's guesses from them; the encoder must be as it was at first.
+
+        With ImageNet's knowledge this computes features if no earlier run kept the targets.
+        """
+        wanted = self.config.concepts
+        if wanted is None:
+            return
+        tokenizer = cast(WordTokenizer, self.tokenizer)
+        encoder = self.model.encoder
+        classes = concepts.class_words(self.concepts, tokenizer) if wanted.imagenet else None
+        frozen = self.config.stages[0].model_copy(update={"trainable_blocks": 0})
+        for name, data in self.sources.items():
+            path = concepts.remember(self.cache_folder, encoder, data, self.concepts)
+            targets = concepts.recall(path)
+            if targets is None:
+                targets = concepts.mentioned(data, self.concepts, tokenizer)
+                if classes is not None:
+                    features = self._features(name, frozen)
+                    known = concepts.recognised(
+                        features, self.encoder_name, classes, len(self.concepts), speaks()
+                    )
+                    targets = torch.maximum(targets, known)
+                targets = concepts.keep(path, targets)
+            self.words[name] = targets
+        guesser = self.model.decoder.guesser
+        assert guesser is not None
+        shares = concepts.mean_share(self.words.values())
+        concepts.begin(guesser, self.concepts, shares, classes, self.encoder_name)
 
     @property
     def encoder_name(self) -> str:
@@ -131,7 +181,9 @@ class Experiment:
         """
         if not self.config.cache:
             self._compare_files()
+            self.know_words()
             return
+        self.know_words()
         trained: dict[str, FeatureCache] = {}
         for stage in self.config.stages:
             for name, features in self.features(stage).items():
@@ -160,19 +212,17 @@ class Experiment:
 
     def features(self, stage: StageConfig) -> dict[str, Features]:
         """Return what the stage's frozen blocks give for its sources, computing what a cache lacks."""
-        config, encoder = self.config, self.model.encoder
+        return {name: self._features(name, stage) for name in stage.sources}
+
+    def _features(self, name: str, stage: StageConfig) -> Features:
+        config, encoder, data = self.config, self.model.encoder, self.sources[name]
         blocks = len(encoder.network) - stage.trainable_blocks if stage.trainable_blocks else None
-        found: dict[str, Features] = {}
-        for name in stage.sources:
-            data = self.sources[name]
-            if config.cache:
-                found[name] = FeatureCache(
-                    self.cache_folder, data, encoder, config.flips, blocks, crops=config.crops
-                ).build(progress=speaks())
-            else:
-                half = config.mixed_precision == "bf16"
-                found[name] = LivePictures(data, encoder, config.flips, blocks, crops=config.crops, half=half)
-        return found
+        crops = config.crops if stage.crops is None else stage.crops
+        if config.cache:
+            cache = FeatureCache(self.cache_folder, data, encoder, config.flips, blocks, crops=crops)
+            return cache.build(progress=speaks())
+        half = config.mixed_precision == "bf16"
+        return LivePictures(data, encoder, config.flips, blocks, crops=crops, half=half)
 
     def validation_features(self) -> dict[str, FeatureCache]:
         """Return the grid features of the validation pictures under the present encoder."""
@@ -284,6 +334,8 @@ def build_tokenizer(config: TrainingConfig, sources: dict[str, DataSet]) -> Toke
     if config.tokenizer.kind == "bpe":
         return BpeTokenizer.build(sentences, size=config.tokenizer.size)
     count = config.tokenizer.min_count
+    if config.concepts is not None and config.concepts.imagenet:  # what can be guessed can be said
+        sentences += concepts.everyday_words() * count
     tokenizer = WordTokenizer.build(sentences, min_count=count, max_size=config.tokenizer.max_size)
     if len(tokenizer) == len(WordTokenizer.build([])):
         raise ConfigError(f"tokenizer.min_count is {count}: no word of the training captions is so common")

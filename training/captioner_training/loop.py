@@ -23,8 +23,10 @@ from captioner.captioner import choose_device
 from captioner.encoder import cells
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
+from captioner_training.adapt import replace_dropout
 from captioner_training.allocator import keep_memory
 from captioner_training.batches import Batch, Place, in_order, make_parts
+from captioner_training.concepts import word_loss
 from captioner_training.config import StageConfig, TrainingConfig
 from captioner_training.data import chunks
 from captioner_training.experiment import Experiment
@@ -140,6 +142,7 @@ def _run(
     model = experiment.model.to(workers.device)
     if not prepared:
         get_ready(experiment)
+    experiment.know_words()
     content = experiment.content()
     state_path = output / "state.pt"
     resumed = load_state(state_path, config, content)
@@ -172,6 +175,12 @@ def _run(
                 continue
             model.encoder.freeze(stage.trainable_blocks)
             fine_tuned = any(s.trainable_blocks for s in config.stages[: stage_index + 1])
+            for known in config.stages[: stage_index + 1]:
+                if known.dropout is not None:
+                    replace_dropout(model, known.dropout)
+            if model.decoder.guesser is not None:  # guesses learn where their targets are
+                learns = bool(experiment.words) and stage.objective == "cross_entropy"
+                model.decoder.guesser.requires_grad_(learns)
             optimiser = build_optimiser(model, stage)
             average = Average(model, stage.average, stage.average_epochs)
             if resumed is not None:
@@ -303,12 +312,25 @@ def objective(
         return cells(trained(batch.features.transpose(1, 2).unflatten(2, shape[1:])))
 
     def teacher_forced(batch: Batch, position: float) -> tuple[Tensor, Tensor]:
-        memory = model.decoder.memory(look(batch), batch.mask).select(batch.picture)
-        output = model(memory, batch.tokens, batch.lengths, own=position * stage.scheduled_sampling)
+        features = look(batch)
+        memory = model.decoder.memory(features, batch.mask).select(batch.picture)
+        styles = None
+        if model.decoder.style is not None:
+            by_picture = torch.tensor([experiment.styles[name] for name, _ in batch.places])
+            styles = by_picture.to(batch.picture.device)[batch.picture]
+        output = model(
+            memory, batch.tokens, batch.lengths, own=position * stage.scheduled_sampling, styles=styles
+        )
         loss = caption_loss(
             output, batch.tokens[:, 1:], config.loss, tokens=batch.all_tokens, captions=batch.all_captions
         )
-        return loss, loss.detach()
+        told = loss.detach()
+        if config.concepts is not None:
+            targets = torch.stack([experiment.words[name][i] for name, i in batch.places])
+            guesses = model.decoder.guess(features, batch.mask)
+            wrong = word_loss(guesses, targets.to(guesses.device)) / batch.all_pictures
+            loss = loss + config.concepts.weight * wrong
+        return loss, told
 
     if stage.objective == "cross_entropy":
         return teacher_forced
