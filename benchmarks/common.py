@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageEnhance, ImageOps
+
+if TYPE_CHECKING:
+    from captioner_training.data import DataSet
 
 _PHOTOS = {
     "gradio": ("media_assets/images", ("cheetah.jpg", "cheetah1.jpg", "lion.jpg", "tower.jpg", "groot.jpeg")),
@@ -135,6 +141,99 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, help="a checkpoint; the built-in model if left out")
     return parser
+
+
+class _Source(argparse.Action):
+    """Collects ``--annotations A --images I … --highest K``, given once or several times, in ``sources``."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        if self.dest == "annotations":
+            namespace.sources = [*namespace.sources, {"annotations": values}]
+        elif not namespace.sources or self.dest in namespace.sources[-1]:
+            parser.error(f"{option} belongs to the --annotations before it, once: name that file first")
+        else:
+            namespace.sources[-1][self.dest] = values
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name data sets; they repeat, and `load_sources` reads them."""
+    parser.set_defaults(sources=[])
+    for name, settings in {
+        "--annotations": {
+            "type": Path,
+            "help": "captions in COCO's format; repeat it for a further data set",
+        },
+        "--images": {"type": Path, "nargs": "+", "help": "folders and tars of its pictures"},
+        "--highest": {"type": positive, "help": "only those of its pictures with the highest ids"},
+    }.items():
+        parser.add_argument(name, action=_Source, default=argparse.SUPPRESS, **settings)  # type: ignore[arg-type]
+
+
+def load_sources(options: argparse.Namespace) -> list[DataSet]:
+    """Return the data sets that the options of `add_sources` name, each named after its folder and file.
+
+    Raises:
+        SystemExit: if there are none, or one cannot be used.
+    """
+    from captioner_training.config import SourceConfig
+    from captioner_training.data import load_data_set
+
+    if not options.sources:
+        raise wrong_use("name the pictures: --annotations FILE --images FOLDER_OR_TAR …")
+    found = []
+    for source in options.sources:
+        annotations = source["annotations"].absolute()
+        places = source.get("images") or [annotations.parent]
+        try:
+            config = SourceConfig(
+                annotations=annotations.name,
+                images=[str(place.absolute()) for place in places],
+                only_highest=source.get("highest", 0),
+            )
+            name = f"{annotations.parent.name}/{annotations.stem}"
+            found.append(load_data_set(name, config, annotations.parent))
+        except ValueError as error:
+            raise wrong_use(str(error)) from None
+    return found
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
+    return number
+
+
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, by Wilson (1927); 0 to 1 if there is nothing to share."""
+    if not total:
+        return 0.0, 1.0
+    z = 1.959964
+    share, room = count / total, z * z / total
+    middle = (share + room / 2) / (1 + room)
+    half = z / (1 + room) * math.sqrt(share * (1 - share) / total + room / (4 * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share_text(count: int, total: int) -> str:
+    """Return a share with its interval as text: ``12 of 40: 30 % (18-45)``."""
+    if not total:
+        return "0 of 0"
+    low, high = share_interval(count, total)
+    return f"{count} of {total}: {100 * count / total:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def wrong_use(message: str) -> SystemExit:
+    """Return what a script raises for a user's mistake: one line on stderr, exit code 2."""
+    print(message, file=sys.stderr)
+    return SystemExit(2)
 
 
 def print_machine(threads: int | str) -> None:
