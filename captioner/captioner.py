@@ -18,7 +18,8 @@ from captioner.checkpoint import Header
 from captioner.encoder import GridFeatures, encode, region_shares
 from captioner.images import Fit, load
 from captioner.model import CaptionModel
-from captioner.search import Hypothesis, Machine, SearchOptions, search
+from captioner.naming import write
+from captioner.search import Hypothesis, Machine, Phrase, SearchOptions
 from captioner.tokenizer import END, PAD, SPECIAL, START, UNKNOWN, split_words
 
 BUILT_IN = Path(__file__).parent / "weights" / "captioner.safetensors"
@@ -203,7 +204,7 @@ class Captioner:
             ImageError, ValueError: as `caption`.
         """
         chosen = self.options(**options)
-        machine = self._machine(must)
+        requirements = self._requirements(must)
         features = images if isinstance(images, GridFeatures) else self.encode_batch(images)
         if features.data.shape[-1] != self.model.encoder.width:
             raise ValueError(
@@ -219,12 +220,12 @@ class Captioner:
         if regions is not None and any(region is not None for region in regions):
             features = self._limit(features, regions)
         given_tokens = [self.model.tokenizer.encode(p) for p in prefixes]
-        found = search(
-            self.model.decoder,
-            self.model.memory(features),
+        found = write(
+            self.model,
+            features,
             chosen,
             prefixes=given_tokens,
-            machines=[machine] * count if machine else None,
+            requirements=requirements,
             seeds=[int(seed) for seed in seeds] if seeds is not None else range(count),
             continues=self._continues,
         )
@@ -261,7 +262,9 @@ class Captioner:
             ValueError: for an unknown or impossible option, or a required word that is not in the vocabulary.
         """
         self.options(**options)
-        self._machine(must)
+        requirements = self._requirements(must)
+        if requirements:
+            Machine(requirements, self._continues)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -272,11 +275,9 @@ class Captioner:
         ]
         return features.within(torch.tensor(shares))
 
-    def _machine(self, must: Sequence[str | Sequence[str]]) -> Machine | None:
+    def _requirements(self, must: Sequence[str | Sequence[str]]) -> list[list[Phrase]]:
         if isinstance(must, str):
             raise ValueError(f"must is a list of words: write must=[{must!r}]")
-        if not must:
-            return None
         requirements = []
         for entry in must:
             phrases = []
@@ -286,7 +287,7 @@ class Captioner:
                     raise ValueError(f"the required word {phrase!r} is not in the model's vocabulary")
                 phrases.append(tuple(tokens))
             requirements.append(phrases)
-        return Machine(requirements, self._continues)
+        return requirements
 
     def _familiarity(self, features: GridFeatures) -> list[tuple[float, float]] | None:
         if self.calibration is None:

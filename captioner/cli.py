@@ -291,6 +291,14 @@ def caption(
             metavar="N",
         ),
     ] = None,
+    name_above: Annotated[
+        float | None,
+        typer.Option(
+            help="Name what was guessed with a probability above P; 1 leaves it to the beam. "
+            "[default: the model's]",
+            metavar="P",
+        ),
+    ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw words at random instead of searching.")
     ] = False,
@@ -348,6 +356,7 @@ def caption(
     chosen = {
         "beam": beam,
         "length_penalty": length_penalty,
+        "name_above": name_above,
         "min_length": min_length,
         "max_length": max_length,
         "no_repeat_ngram": no_repeat_ngram,

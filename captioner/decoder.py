@@ -41,6 +41,7 @@ class DecoderConfig:
         concepts: K, how many words can be guessed.
         word_attention_width: width of keys and queries of the word memory.
         word_dropout: probability that a guess is left out in training, so that none is trusted blindly.
+        copying: a word can be copied from the word memory, past the output layer (See et al. 2017).
         styles: how many ways of writing are told apart in training beside the one that the model speaks.
     """
 
@@ -59,6 +60,7 @@ class DecoderConfig:
     concepts: int = 0
     word_attention_width: int = 128
     word_dropout: float = 0.0
+    copying: bool = False
     styles: int = 0
 
     def __post_init__(self) -> None:
@@ -79,6 +81,8 @@ class DecoderConfig:
         for name in ("dropout", "word_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"decoder.{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.copying and not self.words:
+            raise ValueError("decoder.copying needs decoder.words: there is nothing to copy from")
         if self.words > self.concepts:
             raise ValueError(
                 f"decoder.words is {self.words}, but only decoder.concepts = {self.concepts} can be guessed"
@@ -102,7 +106,7 @@ class Memory(NamedTuple):
 
     cells ``(N, C, E')``, keys ``(N, C, A)`` or None without attention, mask ``(N, C)``. The word memory, or
     None: words ``(N, 1 + W, M)``, the first of which says that no guess is meant, their keys
-    ``(N, 1 + W, A')`` and their mask ``(N, 1 + W)``, the probability of each guess.
+    ``(N, 1 + W, A')``, their mask ``(N, 1 + W)``, the probability of each guess, and the ids ``(N, W)``.
     """
 
     cells: Tensor
@@ -111,6 +115,7 @@ class Memory(NamedTuple):
     words: Tensor | None = None
     word_keys: Tensor | None = None
     word_mask: Tensor | None = None
+    word_tokens: Tensor | None = None
 
     def select(self, rows: Tensor) -> Memory:
         """Return the memory of the given rows, in that order; a row may repeat."""
@@ -121,14 +126,30 @@ class Memory(NamedTuple):
         return Memory(*(None if part is None else part.detach() for part in self))  # type: ignore[arg-type]
 
 
-class StepOutput(NamedTuple):
-    """One step: hidden features for the output layer ``(N, M)`` or logits, new state, attention, gate.
+class Output(NamedTuple):
+    """What the output layer turns into words.
 
-    output ``(N, M)`` goes through `Decoder.logits`; state ``(N, S, H)``; attention ``(N, C)`` or None;
+    hidden ``(N, M)``. With copying, else None: copied ``(N, W)``, the probability that each guess is copied,
+    and tokens ``(N, W)``, the guesses' ids.
+    """
+
+    hidden: Tensor
+    copied: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Output:
+        """Return the given rows, in that order."""
+        return Output(*(None if part is None else part.index_select(0, rows) for part in self))  # type: ignore[arg-type]
+
+
+class StepOutput(NamedTuple):
+    """One step: what the output layer needs, new state, attention, gate.
+
+    output goes through `Decoder.logits`; state ``(N, S, H)``; attention ``(N, C)`` or None;
     gate ``(N,)`` or None; word_attention ``(N, 1 + W)`` or None, as `Memory` has the words.
     """
 
-    output: Tensor
+    output: Output
     state: Tensor
     attention: Tensor | None
     gate: Tensor | None
@@ -139,7 +160,7 @@ class UnrolledStep(NamedTuple):
     """One step of a pass over known words: new state ``(n, S, H)`` and what was seen at it.
 
     context ``(n, E')``, after its gate, attention ``(n, C)``, gate ``(n,)``: None without attention. named
-    ``(n, M)``: what was read in the word memory, None without one.
+    ``(n, M)``: what was read in the word memory, word_attention ``(n, 1 + W)``: None without one.
     """
 
     state: Tensor
@@ -147,6 +168,7 @@ class UnrolledStep(NamedTuple):
     attention: Tensor | None
     gate: Tensor | None
     named: Tensor | None = None
+    word_attention: Tensor | None = None
 
 
 class RecurrentCell(nn.Module):
@@ -285,6 +307,9 @@ class Decoder(nn.Module):
             with torch.no_grad():  # what is read makes its own word likelier: a beginning of copying
                 self.input_words.weight.zero_()
                 self.output_words.weight.copy_(torch.eye(width))
+        self.copy = nn.Linear(config.hidden + config.embedding, 1) if config.copying else None
+        if self.copy is not None:
+            nn.init.constant_(self.copy.bias, -2.0)  # seldom at first
 
     def memory(self, features: Tensor, mask: Tensor) -> Memory:
         """Project grid features ``(N, C, D)`` with their mask ``(N, C)``, once for each picture."""
@@ -299,14 +324,14 @@ class Decoder(nn.Module):
         assert self.guesser is not None
         return self.guesser(features, mask)
 
-    def _remember(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the likeliest words, their keys and their mask: see `Memory`.
+    def _remember(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the likeliest words, their keys, their mask and their ids: see `Memory`.
 
         The guesses learn from what they should have been alone, and not from the captions' loss: they stay
         probabilities.
         """
         assert self.guesser is not None
-        tokens, probabilities = self.guesser.best(logits.detach(), self.config.words)
+        tokens, probabilities, _ = self.guesser.best(logits.detach(), self.config.words)
         if self.training and self.config.word_dropout:
             kept = torch.rand(probabilities.shape, device=probabilities.device) >= self.config.word_dropout
             probabilities = probabilities * kept
@@ -314,7 +339,7 @@ class Decoder(nn.Module):
         nothing = self.nothing.expand(len(guessed), 1, -1)
         words = self.dropout(torch.cat((nothing, guessed), 1))
         mask = torch.cat((torch.ones_like(probabilities[:, :1]), probabilities), 1)
-        return words, self.word_attention.prepare(words), mask
+        return words, self.word_attention.prepare(words), mask, tokens
 
     def start(self, memory: Memory) -> Tensor:
         """Return the initial state ``(N, S, H)`` from the mean of the cells that may be seen."""
@@ -346,7 +371,14 @@ class Decoder(nn.Module):
         else:
             state = self.cell(read, state)
         return StepOutput(
-            self.output_of(embedded, state[:, 0], context, named),
+            self.output_of(
+                embedded,
+                state[:, 0],
+                context,
+                named,
+                None if word_weights is None else word_weights.flatten(0, 1),
+                memory.word_tokens,
+            ),
             state,
             None if weights is None else weights.flatten(0, 1),
             None if gate is None else gate.squeeze(-1),
@@ -354,25 +386,46 @@ class Decoder(nn.Module):
         )
 
     def output_of(
-        self, embedded: Tensor, hidden: Tensor, context: Tensor | None, named: Tensor | None = None
-    ) -> Tensor:
-        """Return a step's output ``(…, M)`` from the word that it read, its new state, and what it saw."""
-        output = self.output_state(self.dropout(hidden))
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        context: Tensor | None,
+        named: Tensor | None = None,
+        word_attention: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Output:
+        """Return what the output layer needs of a step.
+
+        Args:
+            embedded: ``(n, M)`` the word that it read.
+            hidden: ``(n, H)`` its new state.
+            context: ``(n, E')`` what it saw.
+            named: ``(n, M)`` what it read in the word memory.
+            word_attention: ``(n, 1 + W)`` how much of each guess it read.
+            tokens: ``(n, W)`` ids of the guesses; if of fewer pictures, each is shared by rows side by side.
+        """
+        hidden = self.dropout(hidden)
+        output = self.output_state(hidden)
         if self.output_context is not None and context is not None:
             output = output + embedded + self.output_context(context)  # equation 7
-        if named is not None:
-            output = output + self.output_words(named)
-        return output
+        if named is None:
+            return Output(output)
+        output = output + self.output_words(named)
+        if self.copy is None:
+            return Output(output)
+        assert word_attention is not None
+        assert tokens is not None
+        copied = torch.sigmoid(self.copy(torch.cat((hidden, named), -1))) * word_attention[:, 1:]
+        return Output(output, copied, tokens.repeat_interleave(len(copied) // len(tokens), 0))
 
     def unrolled_step(self, from_words: Tensor, state: Tensor, unrolled: Unrolled) -> UnrolledStep:
         """Do `step_embedded` for the first n rows of a pass, but for the output, which can wait."""
-        weights = gate = context = named = None
+        weights = gate = context = named = word_weights = None
         hidden = state[:, 0]
         if unrolled.words is not None:
             energies = unrolled.word_energies(self.word_attention.query(hidden))
-            named = unrolled.words.multiply(
-                torch.softmax(energies + unrolled.word_log_mask[: len(state)], dim=-1)
-            )
+            word_weights = torch.softmax(energies + unrolled.word_log_mask[: len(state)], dim=-1)
+            named = unrolled.words.multiply(word_weights)
             from_words = torch.addmm(from_words, named, unrolled.named_map)
         if self.attention is not None:
             energies = unrolled.energies(self.attention.query(hidden))
@@ -384,11 +437,30 @@ class Decoder(nn.Module):
             from_words = torch.addmm(from_words, context, unrolled.context_map)
         from_hidden = F.linear(hidden, unrolled.hidden_map, unrolled.hidden_bias)
         state = self.cell.advance(from_words, from_hidden, state)
-        return UnrolledStep(state, context, weights, None if gate is None else gate.squeeze(-1), named)
+        return UnrolledStep(
+            state, context, weights, None if gate is None else gate.squeeze(-1), named, word_weights
+        )
 
-    def logits(self, output: Tensor) -> Tensor:
-        """Map step outputs ``(…, M)`` to logits ``(…, V)``."""
-        return self.output(self.dropout(torch.tanh(output)))
+    def logits(self, output: Output) -> Tensor:
+        """Map step outputs to logits ``(n, V)``.
+
+        With copying they are log-probabilities: with the probability in ``copied`` a guess is said as it is,
+        else a word of the output layer's (the mixture of See et al. 2017, https://arxiv.org/abs/1704.04368,
+        equation 9).
+        """
+        logits = self.output(self.dropout(torch.tanh(output.hidden)))
+        if output.copied is None or output.tokens is None:
+            return logits
+        copied = output.copied.to(logits.dtype)
+        generated = torch.log_softmax(logits, -1) + torch.log1p(
+            -copied.sum(-1, keepdim=True).clamp(max=_MOST)
+        )
+        both = torch.logaddexp(generated.gather(-1, output.tokens), copied.clamp(min=_LEAST).log())
+        return generated.scatter(-1, output.tokens, both)
+
+
+_LEAST, _MOST = 1e-8, 1 - 1e-6
+"""Between these a probability has a logarithm with a gradient."""
 
 
 class Unrolled:

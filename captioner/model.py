@@ -107,7 +107,7 @@ class CaptionModel(nn.Module):
         taken: list[UnrolledStep] = []
         for t, count in enumerate(running):
             if own and t > 0:
-                read[t] = self._mix(read[t], read[t - 1][:count], taken[-1], own)
+                read[t] = self._mix(read[t], read[t - 1][:count], taken[-1], own, memory)
                 from_words[t] = unrolled.from_words(read[t])
             step = decoder.unrolled_step(from_words[t], state[:count], unrolled)
             state = step.state
@@ -116,18 +116,26 @@ class CaptionModel(nn.Module):
         seen = [step.context for step in taken if step.context is not None]
         words = torch.cat(read) if own else words
         named = [step.named for step in taken if step.named is not None]
+        looked = [step.word_attention for step in taken if step.word_attention is not None]
         outputs = decoder.output_of(
-            words, hidden, torch.cat(seen) if seen else None, torch.cat(named) if named else None
+            words,
+            hidden,
+            torch.cat(seen) if seen else None,
+            torch.cat(named) if named else None,
+            torch.cat(looked) if looked else None,
+            None
+            if memory.word_tokens is None
+            else torch.cat([memory.word_tokens[:count] for count in running]),
         )
         rows = (valid.flatten().cumsum(0).view_as(valid) - 1).T[valid.T].to(device, non_blocking=True)
         return TeacherForced(
-            logits=decoder.logits(outputs.index_select(0, rows)),
+            logits=decoder.logits(outputs.select(rows)),
             positions=valid.T.flatten().nonzero().squeeze(1).to(device, non_blocking=True),
             attention=_padded([step.attention for step in taken]),
             gates=_padded([step.gate for step in taken]),
         )
 
-    def _mix(self, words: Tensor, before: Tensor, step: UnrolledStep, own: float) -> Tensor:
+    def _mix(self, words: Tensor, before: Tensor, step: UnrolledStep, own: float, memory: Memory) -> Tensor:
         """Replace a share of the true words' embeddings by those of words that the model would have said.
 
         Args:
@@ -135,12 +143,17 @@ class CaptionModel(nn.Module):
             before: of the words before them.
             step: at which those were read.
             own: the share.
+            memory: of all captions.
         """
         count, decoder = len(words), self.decoder
         with torch.no_grad():
             context = None if step.context is None else step.context[:count]
             named = None if step.named is None else step.named[:count]
-            logits = decoder.logits(decoder.output_of(before, step.state[:count, 0], context, named))
+            looked = None if step.word_attention is None else step.word_attention[:count]
+            tokens = None if memory.word_tokens is None else memory.word_tokens[:count]
+            logits = decoder.logits(
+                decoder.output_of(before, step.state[:count, 0], context, named, looked, tokens)
+            )
             said = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
             chosen = torch.rand(count, 1, device=words.device) < own
         return torch.where(chosen, decoder.dropout(decoder.embedding(said)), words)

@@ -48,6 +48,8 @@ class SearchOptions:
         top_k: sample among the k likeliest tokens; 0 means all.
         top_p: sample among the fewest tokens whose probabilities reach p (Holtzman et al. 2020).
         alternatives: how many of the likeliest tokens to keep at each word.
+        name_above: a thing that was guessed with a greater probability has to be named (`captioner.naming`);
+            1 leaves it to the beam. Sampling does not heed it.
     """
 
     beam: int = 3
@@ -61,6 +63,7 @@ class SearchOptions:
     top_k: int = 0
     top_p: float = 1.0
     alternatives: int = 5
+    name_above: float = 1.0
 
     def check(self) -> SearchOptions:
         """Return self.
@@ -87,6 +90,8 @@ class SearchOptions:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 < self.name_above <= 1:
+            raise ValueError(f"name_above must be above 0 and at most 1, not {self.name_above}")
         if not self.sample and self.n_best > self.beam:
             raise ValueError(f"n_best {self.n_best} needs a beam at least as wide; it is {self.beam}")
         return self

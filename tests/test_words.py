@@ -12,6 +12,7 @@ from lively import make_lively_model, pictures
 from captioner import Captioner, checkpoint
 from captioner.decoder import DecoderConfig, Memory
 from captioner.model import CaptionModel
+from captioner.naming import unnamed
 from captioner.search import SearchOptions, search
 from captioner.tokenizer import END, PAD, START
 
@@ -78,7 +79,14 @@ def test_attention_to_words_is_a_share_that_grows_with_their_probability() -> No
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention": "none"}, {"cell": "gru", "gate": False}, {"layer_norm": True}]
+    "changes",
+    [
+        {},
+        {"copying": True},
+        {"attention": "none", "copying": True},
+        {"cell": "gru", "gate": False},
+        {"layer_norm": True},
+    ],
 )
 def test_teacher_forcing_is_the_steps_one_by_one(changes: dict[str, object]) -> None:
     model = make_model(**changes)
@@ -191,7 +199,7 @@ def test_attention_to_words_follows_the_hypothesis(options: dict[str, object]) -
 def test_without_a_word_memory_nothing_is_made_up() -> None:
     model = make_tiny_model()
     memory = model.decoder.memory(*look(model))
-    assert memory[3:] == (None, None, None)
+    assert set(memory[3:]) == {None}
     assert search(model.decoder, memory, SearchOptions(beam=1))[0][0].word_attention is None
 
 
@@ -270,3 +278,111 @@ def test_the_memory_is_selected_whole() -> None:
     for part, chosen in zip(memory, memory.select(rows), strict=True):
         assert torch.equal(part[rows], chosen)
     assert isinstance(memory.detach(), Memory)
+
+
+def test_copying_mixes_the_guesses_into_what_the_output_layer_says() -> None:
+    model = make_model(copying=True)
+    decoder = model.decoder
+    memory = decoder.memory(*look(model))
+    with torch.no_grad():
+        step = decoder.step(torch.tensor([START, 5, 9, 7]), decoder.start(memory), memory)
+        plain = torch.softmax(decoder.logits(step.output._replace(copied=None)), -1)
+        mixed = decoder.logits(step.output).exp()
+    copied, tokens = step.output.copied, step.output.tokens
+    assert copied is not None
+    assert tokens is not None
+    assert torch.allclose(mixed.sum(-1), torch.ones(4), atol=1e-5)
+    expected = plain * (1 - copied.sum(-1, keepdim=True))
+    for row in range(4):
+        for token, probability in zip(tokens[row].tolist(), copied[row].tolist(), strict=True):
+            expected[row, token] += probability
+    assert torch.allclose(mixed, expected, atol=1e-6)
+
+
+def test_a_word_that_the_output_layer_never_says_can_be_copied() -> None:
+    model = make_model(copying=True)
+    decoder = model.decoder
+    features, mask = look(model)
+    assert decoder.guesser is not None
+    assert decoder.copy is not None
+    with torch.no_grad():
+        decoder.output.bias[CONCEPTS[2]] = -50
+        decoder.guesser.head.weight.zero_()
+        decoder.guesser.head.bias.fill_(-9.0)
+        decoder.guesser.head.bias[2] = 9.0
+        decoder.nothing.zero_()
+        decoder.word_attention.energy.weight.zero_()
+        decoder.copy.bias.fill_(20.0)
+        decoder.copy.weight.zero_()
+    memory = decoder.memory(features, mask)
+    found = search(decoder, memory, SearchOptions(beam=3, no_repeat_ngram=0, max_length=4))
+    assert CONCEPTS[2] in found[0][0].tokens
+
+
+def test_a_missing_guess_gives_no_gradient_that_is_not_finite() -> None:
+    model = make_model(copying=True, word_dropout=0.9, dropout=0.0).train()
+    torch.manual_seed(0)
+    memory = model.decoder.memory(*look(model))
+    tokens, lengths = torch.tensor([[START, 14, 15, END]] * 4), torch.tensor([3] * 4)
+    model(memory, tokens, lengths).logits.square().sum().backward()
+    for name, parameter in model.decoder.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def sure_model(probability: float, thing: bool = True) -> CaptionModel:
+    """Guesses a bicycle wherever it looks, and has no word memory to speak of otherwise."""
+    model = make_model(lively=True)
+    guesser = model.decoder.guesser
+    assert guesser is not None
+    with torch.no_grad():
+        guesser.head.weight.zero_()
+        guesser.head.bias.fill_(-9.0)
+        guesser.head.bias[2] = np.log(probability / (1 - probability))
+        guesser.things[2] = int(thing)
+        model.decoder.output.bias[CONCEPTS[2]] = -6.0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("probability", "thing", "named"), [(0.9, True, True), (0.6, True, False), (0.9, False, False)]
+)
+def test_what_is_surely_there_is_named(probability: float, thing: bool, named: bool) -> None:
+    model = sure_model(probability, thing)
+    captioner = Captioner(model, make_header(model))
+    photos = pictures(3)
+    usual = captioner.caption_batch(photos)
+    assert not any("bicycle" in c.text for c in usual)
+    found = captioner.caption_batch(photos, name_above=0.7)
+    for before, after in zip(usual, found, strict=True):
+        assert ("bicycle" in after.text.split()) == named
+        if not named:
+            assert after.text == before.text
+
+
+def test_naming_goes_together_with_all_else_that_is_asked_for() -> None:
+    model = sure_model(0.9)
+    captioner = Captioner(model, make_header(model))
+    photo = pictures(1)[0]
+    caption = captioner.caption(photo, name_above=0.7, prefix="the red", must=["dog"], n_best=2)
+    assert len(caption.n_best) == 2
+    for one in caption.n_best:
+        assert one.text.startswith("the red")
+        assert {"bicycle", "dog"} <= set(one.text.split())
+    # no room: the caption is the one without
+    short = captioner.caption(photo, name_above=0.7, prefix="the red", max_length=2)
+    assert short.text == "the red"
+    # six words are required already
+    six = ["man", "dog", "cat", "car", "tree", "street"]
+    assert set(six) <= set(captioner.caption(photo, name_above=0.7, must=six).text.split())
+
+
+def test_a_plural_names_it_too() -> None:
+    model = sure_model(0.9)
+    tokens = [[model.tokenizer.index["bicycle"]], [5], []]  # type: ignore[attr-defined]
+    features = Captioner(model, make_header(model)).encode_batch(pictures(3))
+    assert unnamed(model, features, tokens, 0.7) == [[], [CONCEPTS[2]], [CONCEPTS[2]]]
+
+
+def test_the_threshold_must_be_a_probability() -> None:
+    with pytest.raises(ValueError, match="name_above must be above 0 and at most 1, not 0"):
+        SearchOptions(name_above=0.0).check()

@@ -7,8 +7,11 @@ import pytest
 from captioner_training import calibrate as calibration
 from captioner_training import nothing
 from captioner_training.calibrate import (
+    Sample,
+    balance,
     calibrate,
     calibration_error,
+    chance_error,
     familiar,
     fit_logistic,
     fit_words,
@@ -89,6 +92,19 @@ def test_logistic_regression_stays_finite(y):
     assert np.isfinite(fit_logistic(x, np.array(y, float))).all()
 
 
+def test_counts_are_as_good_as_repetitions():
+    chance = np.random.default_rng(2)
+    x, y, counts = chance.normal(size=(60, 2)), chance.random(60), chance.integers(1, 4, 60)
+    again = fit_logistic(np.repeat(x, counts, 0), np.repeat(y, counts))
+    np.testing.assert_allclose(fit_logistic(x, y, counts), again, atol=5e-3)  # scales differ a little
+    assert np.abs(np.subtract(fit_logistic(x, y), again)).max() > 0.02
+
+
+def test_photos_of_a_small_set_count_for_several():
+    samples = [Sample([0.0], 0.5, name) for name in ["large"] * 6 + ["small"] * 2 + ["blank"] * 4]
+    assert balance(samples).tolist() == [1] * 6 + [3] * 2 + [1] * 4
+
+
 def test_platt_scaling_undoes_what_was_done_to_the_probabilities():
     chance = np.random.default_rng(0)
     true = chance.uniform(0.02, 0.98, 30_000)
@@ -109,6 +125,14 @@ def test_the_expected_calibration_error_by_hand():
     right = np.array([0, 0, 0, 1, 1, 1, 0, 1.0])
     assert calibration_error(confidence, right, bins=2) == pytest.approx((0.15 + 0.05) / 2)
     assert calibration_error(np.array([0.5]), np.array([1.0])) == pytest.approx(0.5)
+
+
+def test_the_error_that_chance_makes():
+    chance = np.random.default_rng(0)
+    confidence = chance.random(300)
+    right = (chance.random((300, 300)) < confidence).astype(float)
+    found = np.mean([calibration_error(confidence, r) for r in right])
+    assert np.mean([chance_error(confidence, r) for r in right]) == pytest.approx(found, rel=0.05)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,6 +224,57 @@ def test_a_calibrated_checkpoint(tmp_path, seeing_checkpoint, shapes, monkeypatc
     assert 0 < calibrated.confidence < 1
     assert after.calibration is not None
     assert after.calibration.mean.shape == (1280,)
+
+
+def test_the_fit_sees_even_ids_and_the_report_odd_ones(tmp_path, seeing_checkpoint, monkeypatch):
+    """Captions of odd pictures change what is measured, and nothing of what is stored."""
+    monkeypatch.setattr(calibration, "_NOTHING", 3)
+    folder = write_shapes(tmp_path / "data")
+    annotations = json.loads((folder / "shapes.json").read_text())
+    found = {}
+    for name, changed in (("as is", None), ("odd", 1), ("even", 0)):
+        record = json.loads(json.dumps(annotations))
+        for entry in record["annotations"]:
+            if entry["image_id"] % 2 == changed:
+                entry["caption"] = "man dog cat bicycle car tree street red blue black white"
+        (folder / "changed.json").write_text(json.dumps(record))
+        config = make_config(
+            data={
+                "sources": {"shapes": {"annotations": "shapes.json", "images": ["pictures"]}},
+                "validation": {"shapes_val": {"annotations": "changed.json", "images": ["pictures"]}},
+            }
+        )
+        output = tmp_path / f"{name}.safetensors"
+        lines = calibrate(config, folder, seeing_checkpoint, output)
+        stored = read_header(output).calibration
+        found[name] = ((stored["caption"], stored["word"]), lines[:2])
+        assert "of pictures with odd ids" in lines[0]
+        assert "on 12 pictures with odd ids" in lines[1]
+    assert found["odd"][0] == found["as is"][0]
+    assert found["odd"][1] != found["as is"][1]
+    assert found["even"][0] != found["as is"][0]
+
+
+def with_ids(folder, change):
+    record = json.loads((folder / "shapes.json").read_text())
+    for entry in record["images"]:
+        entry["id"] = change(entry["id"])
+    for entry in record["annotations"]:
+        entry["image_id"] = change(entry["image_id"])
+    (folder / "shapes.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_ids_of_one_kind(tmp_path, seeing_checkpoint, monkeypatch):
+    monkeypatch.setattr(calibration, "_NOTHING", 3)
+    output = tmp_path / "out.safetensors"
+    even = with_ids(write_shapes(tmp_path / "even"), lambda i: 2 * i)
+    assert (
+        "no validation picture has an odd id" in calibrate(make_config(), even, seeing_checkpoint, output)[0]
+    )
+    odd = with_ids(write_shapes(tmp_path / "odd"), lambda i: 2 * i + 1)
+    with pytest.raises(DataError, match="0 of the validation pictures have even ids"):
+        calibrate(make_config(), odd, seeing_checkpoint, output)
 
 
 def test_pictures_of_nothing_are_trusted_less(tmp_path, seeing_checkpoint, captioner, monkeypatch):

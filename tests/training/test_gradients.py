@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from captioner_training.gradients import gradient_norms
 from torch import Tensor
 
-from captioner.decoder import Decoder, DecoderConfig, Memory
+from captioner.decoder import Decoder, DecoderConfig, Memory, Output
 
 WIDTH, WORDS = 6, 12
 
@@ -72,8 +72,8 @@ def test_as_by_finite_differences(cell, attention):
             step = decoder.step(tokens[:, t], state, memory)
             state = step.state
         if first == 3:  # at its own step the state reaches the word through the output layer alone
-            output = decoder.step(tokens[:, 3], before, memory).output - decoder.output_state(own[:, 0])
-            output = output + decoder.output_state(state[:, 0])
+            hidden = decoder.step(tokens[:, 3], before, memory).output.hidden
+            output = Output(hidden - decoder.output_state(own[:, 0]) + decoder.output_state(state[:, 0]))
         else:
             output = step.output
         return float(F.cross_entropy(decoder.logits(output), tokens[:, 4]))

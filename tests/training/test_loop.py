@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from captioner_training import experiment, loop, self_critical, state
+from captioner_training.batches import make_parts
 from captioner_training.config import ConfigError
 from captioner_training.data import DataError, load_data_set
 from captioner_training.loop import train
@@ -574,6 +575,24 @@ def test_self_critical_training_raises_the_reward(tmp_path, data, learned, quick
     rewards = [line["reward"] for line in log[1:]]
     assert "loss" not in log[1]
     assert rewards[-1] > rewards[0] > 0
+
+
+def test_cross_entropy_is_mixed_into_self_critical_training(tmp_path, data, cache, learned, quick):
+    start = {"model": str(learned / "model.safetensors"), "new_words": False, "dropout": 0.0}
+
+    def loss(**changes):
+        config = make_config([stage(**changes)], encoder=None, decoder=None, start=start, flips=False)
+        loaded = experiment.Experiment(config, data, cache)
+        chosen = config.stages[0]
+        features = loaded.features(chosen)
+        places = [("shapes", i) for i in range(8)]
+        (batch,) = make_parts(places, loaded.targets, features, chosen, "one", flips=False)
+        torch.manual_seed(1)
+        return loop.objective(loaded, chosen, (1280, 2, 2))(batch, 0.0)[0].item()
+
+    plain = loss(objective="self_critical")
+    mixed = loss(objective="self_critical", cross_entropy=0.5)
+    assert mixed - plain == pytest.approx(0.5 * loss(), rel=1e-4)
 
 
 def test_captions_are_drawn_without_dropout(tmp_path, data, cache, learned, quick, monkeypatch):

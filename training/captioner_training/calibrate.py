@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,23 @@ _FAMILIAR = 4000
 """How many training pictures tell what is familiar."""
 _NOTHING = 30
 """How many pictures of each kind show nothing."""
+_LEAST = 10
+"""How many pictures a fit needs."""
+
+
+def is_even(key: int | str) -> bool:
+    """Tell on which side a picture stands: calibrations are fitted on even ids and measured on odd ones.
+
+    A text of digits counts as its number, any other by a hash that is the same everywhere.
+    """
+    if isinstance(key, str):
+        key = int(key) if key.isdecimal() else blake2b(key.encode("utf-8", "surrogatepass")).digest()[0]
+    return key % 2 == 0
+
+
+def half(data: DataSet, *, even: bool) -> DataSet:
+    """Return the pictures with even or with odd ids; there may be none."""
+    return replace(data, pictures=tuple(p for p in data.pictures if is_even(p.id) == even))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +63,8 @@ class Sample:
 def calibrate(config: TrainingConfig, data_folder: Path, model: Path, output: Path) -> list[str]:
     """Fit on the validation sets and on pictures of nothing, write the checkpoint, return a report.
 
+    The fit sees the validation pictures with even ids, the report those with odd ids (`is_even`).
+
     Raises:
         DataError, CheckpointError: for data or a model that cannot be used.
     """
@@ -55,15 +76,25 @@ def calibrate(config: TrainingConfig, data_folder: Path, model: Path, output: Pa
     validation = [load_data_set(n, c, data_folder) for n, c in config.data.validation.items()]
     if sum(len(data) for data in validation) < 20:
         raise DataError("the validation sets hold fewer than 20 pictures: too few to calibrate on")
+    fitted, held = ([d for data in validation if (d := half(data, even=even))] for even in (True, False))
+    if (count := sum(len(data) for data in fitted)) < _LEAST:
+        raise DataError(
+            f"{count} of the validation pictures have even ids, which are those to calibrate on: at least "
+            f"{_LEAST} are needed; number the pictures one by one, or add some"
+        )
     mean, basis, residual = familiar(captioner, sources)
     space = Calibration((1.0, 0.0), (0.0,) * (len(FEATURES) + 1), mean, basis, residual)
-    samples = [s for data in validation for s in photo_samples(captioner, space, data)]
+    samples = [s for data in fitted for s in photo_samples(captioner, space, data)]
     for kind in nothing.KINDS:
         samples += nothing_samples(captioner, space, kind)
-    pairs = np.concatenate([word_pairs(captioner, data) for data in validation])
+    pairs = np.concatenate([word_pairs(captioner, data) for data in fitted])
     calibration = Calibration(fit_words(pairs), fit_captions(samples), mean, basis, residual)
     checkpoint.save(output, trained, header, calibration)
-    return report(samples, pairs, calibration)
+    lines = ["no validation picture has an odd id: there is nothing to measure on"]
+    if held:
+        others = [s for data in held for s in photo_samples(captioner, space, data)]
+        lines = report(others, np.concatenate([word_pairs(captioner, data) for data in held]), calibration)
+    return lines + report_nothing(samples)
 
 
 def familiar(captioner: Captioner, sources: Sequence[DataSet]) -> tuple[np.ndarray, np.ndarray, float]:
@@ -158,21 +189,35 @@ def fit_words(pairs: np.ndarray) -> tuple[float, float]:
 
 
 def fit_captions(samples: Sequence[Sample]) -> tuple[float, ...]:
-    """Logistic regression of the share on the numbers of `FEATURES`."""
-    return fit_logistic(np.array([s.features for s in samples]), np.array([s.share for s in samples]))
+    """Logistic regression of the share on the numbers of `FEATURES`; all sets of photos weigh alike."""
+    features = np.array([s.features for s in samples])
+    return fit_logistic(features, np.array([s.share for s in samples]), balance(samples))
 
 
-def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, ...]:
-    """Return intercept and weights of least cross-entropy with targets of 0 to 1, by Newton's method."""
+def balance(samples: Sequence[Sample]) -> np.ndarray:
+    """Return a weight for each sample: photos of a small set count for several, pictures of nothing once."""
+    counts = Counter(s.source for s in samples if s.source not in nothing.KINDS)
+    return np.array([max(counts.values()) / counts[s.source] if s.source in counts else 1 for s in samples])
+
+
+def fit_logistic(x: np.ndarray, y: np.ndarray, counts: np.ndarray | None = None) -> tuple[float, ...]:
+    """Return intercept and weights of least cross-entropy with targets of 0 to 1, by Newton's method.
+
+    Args:
+        x: ``(N, K)``.
+        y: ``(N,)`` targets.
+        counts: ``(N,)``, how many times each sample counts; once if None.
+    """
     mean, scale = x.mean(0), x.std(0) + 1e-9
+    often = np.ones(len(x)) if counts is None else counts * len(x) / counts.sum()
     design = np.column_stack((np.ones(len(x)), (x - mean) / scale))
     weights = np.zeros(design.shape[1])
     # keeps data finite that a line separates, or that are all alike
     ridge = np.diag([1e-6 * len(x), *[1e-3 * len(x)] * x.shape[1]])
     for _ in range(50):
         p = 1 / (1 + np.exp(-design @ weights))
-        gradient = design.T @ (p - y) + ridge @ weights
-        hessian = (design * (p * (1 - p))[:, None]).T @ design + ridge
+        gradient = design.T @ (often * (p - y)) + ridge @ weights
+        hessian = (design * (often * p * (1 - p))[:, None]).T @ design + ridge
         step = np.linalg.solve(hessian, gradient)
         weights -= step
         if np.abs(step).max() < 1e-9:
@@ -181,39 +226,35 @@ def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[float, ...]:
     return (float(weights[0] - raw @ mean), *(float(w) for w in raw))
 
 
-def report(samples: Sequence[Sample], pairs: np.ndarray, calibration: Calibration) -> list[str]:
-    """Return lines: error of both calibrations by cross-validation, and confidence by kind of picture."""
-    lines = []
-    half = len(pairs) // 2
-    slope, intercept = fit_words(pairs[:half])
-    held = Calibration((slope, intercept), calibration.caption, calibration.mean, calibration.basis, 1.0)
-    told = np.array([held.word_confidence(float(p)) for p in pairs[half:, 0]])
-    lines.append(
-        "words: expected calibration error "
-        f"{calibration_error(pairs[half:, 0], pairs[half:, 1]):.4f} before, "
-        f"{calibration_error(told, pairs[half:, 1]):.4f} after, on the half not fitted"
-    )
-    photos = [s for s in samples if s.source not in nothing.KINDS]
-    others = [s for s in samples if s.source in nothing.KINDS]
-    order = random.Random(0).sample(range(len(photos)), len(photos))
-    confidence = np.zeros(len(photos))
-    for fold in range(5):
-        kept = [photos[i] for i in order if i % 5 != fold]
-        weights = fit_captions([*kept, *others])
-        for i in (i for i in order if i % 5 == fold):
-            confidence[i] = predict(weights, photos[i].features)
+def report(photos: Sequence[Sample], pairs: np.ndarray, calibration: Calibration) -> list[str]:
+    """Return lines about photos that a calibration was not fitted to, all of them with odd ids."""
+    told = np.array([calibration.word_confidence(float(p)) for p in pairs[:, 0]])
+    lines = [
+        f"words: expected calibration error {calibration_error(pairs[:, 0], pairs[:, 1]):.4f} before, "
+        f"{calibration_error(told, pairs[:, 1]):.4f} after, on {len(pairs)} words of pictures with odd ids"
+    ]
+    confidence = np.array([predict(calibration.caption, s.features) for s in photos])
     share = np.array([s.share for s in photos])
-    lines.append(
-        f"captions of photos, five-fold: mean confidence {confidence.mean():.3f}, mean share of right "
-        f"content words {share.mean():.3f}, error {calibration_error(confidence, share):.4f}, "
-        f"correlation {np.corrcoef(confidence, share)[0, 1]:.3f}"
-    )
+    for source in dict.fromkeys(s.source for s in photos):
+        here = np.array([s.source == source for s in photos])
+        lines.append(
+            f"captions, {source}: mean confidence {confidence[here].mean():.3f}, mean share of right content "
+            f"words {share[here].mean():.3f}, error {calibration_error(confidence[here], share[here]):.4f} "
+            f"(by chance {chance_error(confidence[here], share[here]):.4f}), correlation "
+            f"{_three(correlation(confidence[here], share[here]))}, on {here.sum()} pictures with odd ids"
+        )
     lines.append(
         f"photos below the threshold of {SURE}: {(confidence < SURE).mean():.1%}, with a mean share of "
         f"{share[confidence < SURE].mean() if (confidence < SURE).any() else float('nan'):.3f}; "
         f"of the others {share[confidence >= SURE].mean():.3f}"
     )
-    for kind in nothing.KINDS:  # a kind is judged by what was fitted on the other kinds
+    return lines
+
+
+def report_nothing(samples: Sequence[Sample]) -> list[str]:
+    """Return a line for each kind of picture of nothing, judged by what was fitted on the other kinds."""
+    lines = []
+    for kind in nothing.KINDS:
         weights = fit_captions([s for s in samples if s.source != kind])
         told = np.array([predict(weights, s.features) for s in samples if s.source == kind])
         lines.append(
@@ -234,6 +275,26 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10)
     parts = [part for part in np.array_split(order, bins) if len(part)]
     gaps = [len(part) * abs(confidence[part].mean() - right[part].mean()) for part in parts]
     return float(sum(gaps) / len(confidence))
+
+
+def chance_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
+    """Return what `calibration_error` would be of confidences that hold, because the bins are small.
+
+    In each bin the mean of n differences of standard deviation s is off by s * sqrt(2 / (pi n)) on average.
+    """
+    order = np.argsort(confidence)
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    gaps = [np.sqrt(2 / np.pi * len(part)) * (confidence - right)[part].std() for part in parts]
+    return float(sum(gaps) / len(confidence))
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Return the correlation of two series; None if one of them does not vary."""
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else None
+
+
+def _three(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def _parallel_lists(work: Any, batches: list[Any]) -> list[Any]:

@@ -107,8 +107,10 @@ def begin(
         p = shares.clamp(_RARE, 1 - _RARE)
         guesser.head.bias.copy_(torch.log(p / (1 - p)))
         guesser.head.weight.mul_(0.1)
+        guesser.things.zero_()
         if words is None:
             return
+        guesser.things[words[words >= 0]] = 1
         weight, bias = classifier(encoder)
         weight, bias = weight - weight.mean(0), bias - bias.mean()
         for k in words[words >= 0].unique().tolist():

@@ -88,6 +88,7 @@ class DecoderSection(_Strict):
     words: Annotated[int, Field(ge=0)] = 0
     word_attention_width: Positive = 128
     word_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    copying: bool = False
 
     def build(self, concepts: int = 0, styles: int = 0) -> DecoderConfig:
         """Return the library's own config, for so many words to guess and further styles."""
@@ -132,6 +133,8 @@ class StageConfig(_Strict):
     """Self-critical: captions sampled for each picture; each is judged against the mean of the others."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Self-critical: of the sampling; below 1 the samples are more like what the search says."""
+    cross_entropy: Annotated[float, Field(ge=0)] = 0.0
+    """Self-critical: weight of the cross-entropy on people's captions that is added (Wu et al. 2016)."""
     accumulate: Positive = 1
     """Parts of a batch that are computed one after the other, for large batches in little memory."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
@@ -154,6 +157,8 @@ class StageConfig(_Strict):
     """Other than the experiment's ``crops``."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Another dropout than the stage before."""
+    style_dropout: Fraction = 0.0
+    """Share of the captions of other styles that begin with the usual start token all the same."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the exponential moving average of the weights that is validated and kept; 0 turns it off."""
     average_epochs: Positive = 1
@@ -176,6 +181,8 @@ class StageConfig(_Strict):
             raise ValueError(
                 "scheduled_sampling is for objective: cross_entropy; self_critical samples anyway"
             )
+        if self.objective == "cross_entropy" and self.cross_entropy:
+            raise ValueError("cross_entropy is the weight of what is added to objective: self_critical")
         return self
 
 
@@ -196,6 +203,7 @@ class SearchConfig(_Strict):
     beam: Positive = 3
     length_penalty: float = 0.7
     max_length: Positive = 30
+    name_above: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _possible(self) -> SearchConfig:

@@ -18,9 +18,10 @@ from captioner.calibration import content_share
 from captioner.captioner import Captioner
 from captioner.encoder import GridFeatures, encode
 from captioner.model import CaptionModel
-from captioner.search import SearchOptions, search
+from captioner.naming import write
+from captioner.search import SearchOptions
 from captioner.tokenizer import detokenize, split_words
-from captioner_training.calibrate import calibration_error
+from captioner_training.calibrate import calibration_error, correlation
 from captioner_training.config import SourceConfig, TrainingConfig, load_config
 from captioner_training.data import DataError, DataSet, chunks, load_data_set
 from captioner_training.features import FeatureCache, load_pixels
@@ -64,7 +65,7 @@ def generate(
     captions: dict[int | str, str] = {}
     for batch, grid in _looked_at(data, features, progress):
         with torch.inference_mode():
-            found = search(model.decoder, model.memory(grid.to(model.device)), options, continues=continues)
+            found = write(model, grid.to(model.device), options, continues=continues)
         for index, hypotheses in zip(batch, found, strict=True):
             captions[data.pictures[index].id] = detokenize(tokenizer, hypotheses[0].tokens)
     return captions
@@ -89,12 +90,11 @@ class Generated:
     def confidence(self, calibrated: bool) -> dict[str, Any]:
         """Return a record of how well the confidences are calibrated, ready for JSON."""
         told, right = np.array([*self.confidences.values()]), np.array([*self.shares.values()])
-        varied = len(told) > 1 and told.std() > 0 and right.std() > 0
         return {
             "mean": float(told.mean()),
             "content_share": float(right.mean()),
             "error": calibration_error(told, right),
-            "correlation": float(np.corrcoef(told, right)[0, 1]) if varied else None,
+            "correlation": correlation(told, right),
             "calibrated": calibrated,
         }
 
@@ -184,19 +184,7 @@ def evaluate(
     Raises:
         DataError, ScoreError, ConfigError: for data that cannot be used.
     """
-    settings = None if config is None else load_config(config)
-    if settings is not None:
-        if images or highest:
-            raise DataError("--images and --highest are not for --config, which names pictures itself")
-        sources = dict(settings.data.validation)
-        root = data
-    else:
-        path = _annotations(data, split)
-        root = path.absolute().parent
-        places = [str(p.absolute()) for p in images]
-        if not places and not load_annotations(path).info.get("images"):
-            places = _places(path)
-        sources = {path.stem: SourceConfig(annotations=path.name, images=places, only_highest=highest)}
+    settings, root, sources = data_sources(data, images=images, highest=highest, split=split, config=config)
     if save_results is not None:
         if len(sources) > 1:
             raise DataError("--save-results needs one data set; give it with --data and not --config")
@@ -204,10 +192,7 @@ def evaluate(
             raise DataError(f"{save_results}: there is no folder {save_results.parent} to write it into")
         if save_results.is_dir():
             raise DataError(f"{save_results}: is a folder; name a file for --save-results")
-    if fit is not None:
-        preprocess = captioner.model.encoder.preprocess
-        resize = None if fit != "crop" else preprocess.resize
-        captioner.model.encoder.preprocess = replace(preprocess, fit=fit, resize=resize)
+    choose_fit(captioner, fit)
     chosen = options or {}
     captioner.check(**chosen)
     if spice and (lacking := spice_missing()):
@@ -245,6 +230,37 @@ def evaluate(
             model=captioner.header.name,
         )
     return evaluations
+
+
+def data_sources(
+    data: Path, *, images: Sequence[Path], highest: int, split: str, config: Path | None
+) -> tuple[TrainingConfig | None, Path, dict[str, SourceConfig]]:
+    """Return the config if there is one, the folder of all paths, and the data sets to evaluate on.
+
+    The arguments are those of `evaluate`.
+
+    Raises:
+        DataError, ScoreError, ConfigError: for data that cannot be used.
+    """
+    if config is not None:
+        if images or highest:
+            raise DataError("--images and --highest are not for --config, which names pictures itself")
+        settings = load_config(config)
+        return settings, data, dict(settings.data.validation)
+    path = _annotations(data, split)
+    places = [str(p.absolute()) for p in images]
+    if not places and not load_annotations(path).info.get("images"):
+        places = _places(path)
+    source = SourceConfig(annotations=path.name, images=places, only_highest=highest)
+    return None, path.absolute().parent, {path.stem: source}
+
+
+def choose_fit(captioner: Captioner, fit: str | None) -> None:
+    """Let a captioner fit pictures into the square in another way; None leaves it as it is."""
+    if fit is not None:
+        preprocess = captioner.model.encoder.preprocess
+        resize = None if fit != "crop" else preprocess.resize
+        captioner.model.encoder.preprocess = replace(preprocess, fit=fit, resize=resize)
 
 
 def _annotations(data: Path, split: str) -> Path:

@@ -67,7 +67,7 @@ def gradient_norms(
             for t in range(reach, steps):
                 rows = (lengths > t).nonzero()[:, 0]
                 losses = F.cross_entropy(
-                    decoder.logits(outputs[t][rows]), tokens[rows, t + 1], reduction="sum"
+                    decoder.logits(outputs[t].select(rows)), tokens[rows, t + 1], reduction="sum"
                 )
                 # captions do not mix: the gradient of the sum holds every caption's own in its row
                 earlier = [states[t + 1 - k] for k in range(reach + 1)]

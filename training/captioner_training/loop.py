@@ -318,6 +318,8 @@ def objective(
         if model.decoder.style is not None:
             by_picture = torch.tensor([experiment.styles[name] for name, _ in batch.places])
             styles = by_picture.to(batch.picture.device)[batch.picture]
+            if stage.style_dropout:
+                styles = styles * (torch.rand(styles.shape, device=styles.device) >= stage.style_dropout)
         output = model(
             memory, batch.tokens, batch.lengths, own=position * stage.scheduled_sampling, styles=styles
         )
@@ -353,6 +355,8 @@ def objective(
             max_length=config.search.max_length,
             all_captions=batch.all_pictures * stage.samples,
         )
+        if stage.cross_entropy:
+            loss = loss + stage.cross_entropy * teacher_forced(batch, position)[0]
         return loss, loss.new_tensor(facts["reward"] * len(batch.places) / batch.all_pictures)
 
     return self_critical

@@ -143,7 +143,7 @@ def sample(
             step = decoder.step(tokens.flatten(), state, memory)
             state = step.state
             going = running.flatten().nonzero().squeeze(1)  # the output layer costs most; others are done
-            logits = decoder.logits(step.output[going]).float() / temperature
+            logits = decoder.logits(step.output.select(going)).float() / temperature
             logits[:, first if t == 0 else never] = _NEVER
             tokens = torch.full_like(tokens, PAD)
             tokens.view(-1)[going] = _draw(torch.softmax(logits, -1), generator)
