@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from captioner import checkpoint
-from captioner.calibration import Calibration, caption_features, plain_confidence
+from captioner.calibration import Calibration, caption_features, plain_confidence, word_ranks
 from captioner.caption import Alternative, Caption, Word, join_words
 from captioner.checkpoint import Header
 from captioner.encoder import GridFeatures, encode, region_shares
@@ -289,7 +289,7 @@ class Captioner:
             requirements.append(phrases)
         return requirements
 
-    def _familiarity(self, features: GridFeatures) -> list[tuple[float, float]] | None:
+    def _familiarity(self, features: GridFeatures) -> list[tuple[float, float, float]] | None:
         if self.calibration is None:
             return None
         pooled = pool(features)
@@ -313,7 +313,7 @@ class Captioner:
         features: GridFeatures,
         item: int,
         prefix: str,
-        familiar: tuple[float, float] | None,
+        familiar: tuple[float, float, float] | None,
         guesses: tuple[Alternative, ...],
     ) -> Caption:
         """Turn tokens into words: probabilities multiply, attention and gate are averaged."""
@@ -354,8 +354,10 @@ class Captioner:
             )
         chosen = [w for w in words if not w.given] or words
         if self.calibration is not None and familiar is not None:
+            texts = [w.text for w in chosen]
+            ranks = word_ranks(self.model.tokenizer, texts)
             confidence = self.calibration.caption_confidence(
-                caption_features([w.text for w in chosen], [w.probability for w in chosen], *familiar)
+                caption_features(texts, [w.probability for w in chosen], ranks, *familiar)
             )
         else:
             confidence = plain_confidence([w.probability for w in chosen])

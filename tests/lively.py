@@ -10,7 +10,7 @@ from conftest import make_header, make_tiny_model
 from PIL import Image
 
 from captioner import Captioner
-from captioner.calibration import FEATURES, Calibration
+from captioner.calibration import Calibration
 from captioner.images import load
 from captioner.model import CaptionModel
 
@@ -52,8 +52,9 @@ def make_calibration(width: int = 1280, directions: int = 4) -> Calibration:
     basis = np.linalg.qr(rng.normal(size=(width, directions)))[0] / np.linspace(0.5, 3, directions)
     return Calibration(
         word=(0.8, 0.3),
-        caption=(0.5, 0.4, 0.05, 0.1, -0.2, -0.1)[: len(FEATURES) + 1],
+        caption=(0.5, 0.4, 0.05, 0.1, -0.2, -0.1, 0.03, 0.3, 0.1),
         mean=rng.normal(size=width),
         basis=basis,
         residual=2.5,
+        shown=(1.0, 0.1, 0.2, -0.1, 0.05, -0.3, 0.04, 0.0, 0.0),
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from captioner.calibration import (
     is_content_word,
     plain_confidence,
     stem,
+    word_ranks,
 )
+from captioner.tokenizer import UNKNOWN, WordTokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Words
@@ -103,13 +106,14 @@ def test_familiarity_is_what_it_says() -> None:
     np.testing.assert_allclose(found[:, 1], left[:200] / calibration.residual, rtol=1e-6)
     # 1 is typical
     everything = np.array([calibration.familiarity(picture) for picture in training])
-    np.testing.assert_allclose((everything**2).mean(0), 1, rtol=1e-6)
+    np.testing.assert_allclose((everything[:, :2] ** 2).mean(0), 1, rtol=1e-6)
     # a step of 10 deviations along the second direction is seen in the distance alone …
-    distance, residual = calibration.familiarity(mean + 10 * scales[1] * directions[1])
+    distance, residual, size = calibration.familiarity(mean + 10 * scales[1] * directions[1])
+    assert size == pytest.approx(math.log(np.linalg.norm(mean + 10 * scales[1] * directions[1])))
     assert distance == pytest.approx(10 / math.sqrt(3))
     assert residual == pytest.approx(0, abs=1e-9)
     # … and one along the last in the residual alone
-    distance, residual = calibration.familiarity((mean + 3 * directions[-1]).astype(np.float32))
+    distance, residual, _ = calibration.familiarity((mean + 3 * directions[-1]).astype(np.float32))
     assert distance == pytest.approx(0, abs=1e-4)
     assert residual == pytest.approx(3 / calibration.residual, rel=1e-4)
 
@@ -125,7 +129,7 @@ def test_word_confidence_is_platt_scaling() -> None:
 def test_caption_features() -> None:
     words = ["a", "dog", "on", "grass"]
     probabilities = [0.9, 0.5, 0.8, 0.1]
-    features = caption_features(words, probabilities, 1.5, 99.0)
+    features = caption_features(words, probabilities, [4, 10, 7, 1000], 1.5, 99.0, -0.5)
     assert len(features) == len(FEATURES)
     expected = {
         "mean_log_probability": np.mean(np.log(probabilities)),
@@ -133,22 +137,36 @@ def test_caption_features() -> None:
         "content_log_probability": np.mean(np.log([0.5, 0.1])),
         "distance": 1.5,
         "residual": 10.0,  # cut
+        "size": -0.5,
+        "content_probability": 0.3,
+        "content_rank": (np.log(10) + np.log(1000)) / 2,
     }
     for name, value in zip(FEATURES, features, strict=True):
         assert value == pytest.approx(expected[name]), name
     # without content words all words stand in; without words there is nothing; 0 has a logarithm
-    assert caption_features(["a"], [0.5], 0, 0)[:3] == [math.log(0.5)] * 3
-    assert caption_features([], [], 0, 0) == [0.0] * 5
-    assert all(map(math.isfinite, caption_features(["dog"], [0.0], 0, 0)))
+    assert caption_features(["a"], [0.5], [4], 0, 0, 0)[:3] == [math.log(0.5)] * 3
+    assert caption_features([], [], [], 0, 0, 0) == [0.0] * 6 + [1.0, 0.0]
+    assert all(map(math.isfinite, caption_features(["dog"], [0.0], [0], 0, 0, 0)))
 
 
-def test_caption_confidence_is_a_logistic_regression() -> None:
+def test_a_rank_is_a_place_in_the_vocabulary() -> None:
+    tokenizer = WordTokenizer(["a", "dog", "zebra"])
+    assert word_ranks(tokenizer, ["zebra", "a", "dog"]) == [6, 4, 5]
+    assert word_ranks(tokenizer, ["", "unicorn"]) == [7, UNKNOWN]
+
+
+def test_caption_confidence_is_a_product_of_two_regressions() -> None:
     calibration = make_calibration()
-    numbers = [-1.0, -3.0, -2.0, 1.2, 0.8]
-    logit = calibration.caption[0] + sum(w * x for w, x in zip(calibration.caption[1:], numbers, strict=True))
-    assert calibration.caption_confidence(numbers) == pytest.approx(1 / (1 + math.exp(-logit)))
+    assert calibration.shown is not None
+    numbers = [-1.0, -3.0, -2.0, 1.2, 0.8, 2.8, 0.4, 5.0]
+    share, shown = (
+        1 / (1 + math.exp(-weights[0] - sum(w * x for w, x in zip(weights[1:], numbers, strict=True))))
+        for weights in (calibration.caption, calibration.shown)
+    )
+    assert calibration.caption_confidence(numbers) == pytest.approx(share * shown)
+    assert replace(calibration, shown=None).caption_confidence(numbers) == pytest.approx(share)
     for extreme in (-1e9, 1e9):
-        assert calibration.caption_confidence([extreme] * 5) in (0, 1)
+        assert calibration.caption_confidence([extreme] * len(FEATURES)) in (0, 1)
 
 
 def test_plain_confidence_is_the_geometric_mean() -> None:
@@ -168,17 +186,31 @@ def test_round_trip() -> None:
     again = Calibration.from_parts(data, calibration.mean, calibration.basis)
     assert again.word == calibration.word
     assert again.caption == calibration.caption
+    assert again.shown == calibration.shown
     picture = np.random.default_rng(0).normal(size=1280)
     assert again.familiarity(picture) == calibration.familiarity(picture)
+
+
+def test_a_calibration_of_an_older_file_is_one_regression() -> None:
+    """Of the first five numbers, pictures of nothing included."""
+    calibration = make_calibration()
+    data = {"word": [1.0, 0.0], "caption": [0.5, 0.4, 0.05, 0.1, -0.2, -0.1], "residual": 2.5}
+    again = Calibration.from_parts(data, calibration.mean, calibration.basis)
+    assert again.shown is None
+    numbers = [-1.0, -3.0, -2.0, 1.2, 0.8]
+    logit = 0.5 + np.dot(data["caption"][1:], numbers)
+    assert again.caption_confidence([*numbers, 9.0, 9.0, 9.0]) == pytest.approx(1 / (1 + math.exp(-logit)))
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"caption": [1.0, 2.0]}, "does not fit the features"),
+        ({"shown": [1.0, 2.0]}, "does not fit the features"),
+        ({"shown": [float("nan")] * 9}, "not finite"),
         ({"word": [1.0]}, "does not fit the features"),
         ({"word": [1.0, float("nan")]}, "not finite"),
-        ({"caption": [float("inf")] * 6}, "not finite"),
+        ({"caption": [float("inf")] * 9}, "not finite"),
         ({"residual": 0.0}, "units of zero"),
         ({"residual": -1.0}, "units of zero"),
         ({"mean": np.full(1280, np.inf)}, "not finite"),

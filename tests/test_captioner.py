@@ -16,7 +16,7 @@ from PIL import Image
 import captioner as package
 from captioner import Captioner, CheckpointError, GridFeatures, ImageError, checkpoint
 from captioner import captioner as module
-from captioner.calibration import caption_features
+from captioner.calibration import caption_features, word_ranks
 from captioner.captioner import pool
 from captioner.decoder import DecoderConfig
 from captioner.encoder import concatenate
@@ -617,13 +617,15 @@ def test_calibrated_confidences(captioner: Captioner) -> None:
             log_odds = np.log(word.probability / (1 - word.probability))
             assert word.confidence == pytest.approx(1 / (1 + np.exp(-0.8 * log_odds - 0.3)), rel=1e-6)
         chosen = caption.words[1:]
+        texts = [w.text for w in chosen]
         numbers = caption_features(
-            [w.text for w in chosen],
+            texts,
             [w.probability for w in chosen],
+            word_ranks(captioner.model.tokenizer, texts),
             *calibration.familiarity(features.data.mean((0, 1, 2)).numpy()),
         )
-        logit = calibration.caption[0] + np.dot(calibration.caption[1:], numbers)
-        assert caption.confidence == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-4)
+        logits = [w[0] + np.dot(w[1:], numbers) for w in (calibration.caption, calibration.shown)]
+        assert caption.confidence == pytest.approx(np.prod(1 / (1 + np.exp(-np.array(logits)))), rel=1e-4)
         assert 0 < caption.confidence < 1
 
 

@@ -114,7 +114,7 @@ def test_platt_scaling_undoes_what_was_done_to_the_probabilities():
     slope, intercept = fit_words(np.column_stack((told, right)))
     assert slope == pytest.approx(0.5, abs=0.03)
     assert intercept == pytest.approx(0.25, abs=0.03)
-    scaled = Calibration((slope, intercept), (0.0,) * 6, np.zeros(1), np.ones((1, 1)), 1.0)
+    scaled = Calibration((slope, intercept), (0.0,) * (len(FEATURES) + 1), np.zeros(1), np.ones((1, 1)), 1.0)
     again = np.array([scaled.word_confidence(p) for p in told])
     assert calibration_error(told, right) > 0.05
     assert calibration_error(again, right) < 0.01
@@ -161,7 +161,7 @@ def test_familiar_pictures_are_at_distance_one(captioner, shapes):
     pooled = pool(captioner.encode_batch([shapes.store.read(p.file) for p in shapes.pictures]))
     known = np.array([space.familiarity(p) for p in pooled])
     np.testing.assert_allclose(pooled.mean(0), mean, atol=1e-5)
-    np.testing.assert_allclose((known**2).mean(0), [1.0, 1.0], rtol=1e-3)
+    np.testing.assert_allclose((known[:, :2] ** 2).mean(0), [1.0, 1.0], rtol=1e-3)
     # directions: uncorrelated, of variance 1
     along = (pooled - mean) @ basis
     np.testing.assert_allclose(along.T @ along / len(along), np.eye(along.shape[1]), atol=1e-3)
@@ -247,7 +247,7 @@ def test_the_fit_sees_even_ids_and_the_report_odd_ones(tmp_path, seeing_checkpoi
         output = tmp_path / f"{name}.safetensors"
         lines = calibrate(config, folder, seeing_checkpoint, output)
         stored = read_header(output).calibration
-        found[name] = ((stored["caption"], stored["word"]), lines[:2])
+        found[name] = ((stored["caption"], stored["shown"], stored["word"]), lines[:2])
         assert "of pictures with odd ids" in lines[0]
         assert "on 12 pictures with odd ids" in lines[1]
     assert found["odd"][0] == found["as is"][0]

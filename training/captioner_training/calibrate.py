@@ -16,7 +16,7 @@ from PIL import Image
 
 from captioner import checkpoint
 from captioner.batch import ahead
-from captioner.calibration import FEATURES, Calibration, caption_features, content_share
+from captioner.calibration import FEATURES, Calibration, caption_features, content_share, word_ranks
 from captioner.caption import SURE
 from captioner.captioner import Captioner, pool
 from captioner.images import load
@@ -32,6 +32,16 @@ _FAMILIAR = 4000
 """How many training pictures tell what is familiar."""
 _NOTHING = 30
 """How many pictures of each kind show nothing."""
+_SHARE = (
+    "mean_log_probability",
+    "least_log_probability",
+    "content_log_probability",
+    "content_probability",
+    "content_rank",
+)
+"""What tells how much of a photo's caption is right."""
+_SHOWN = (*FEATURES[:5], "size")
+"""What tells a photo from a picture of nothing."""
 _LEAST = 10
 """How many pictures a fit needs."""
 
@@ -88,13 +98,15 @@ def calibrate(config: TrainingConfig, data_folder: Path, model: Path, output: Pa
     for kind in nothing.KINDS:
         samples += nothing_samples(captioner, space, kind)
     pairs = np.concatenate([word_pairs(captioner, data) for data in fitted])
-    calibration = Calibration(fit_words(pairs), fit_captions(samples), mean, basis, residual)
+    calibration = replace(
+        space, word=fit_words(pairs), caption=fit_captions(samples), shown=fit_shown(samples)
+    )
     checkpoint.save(output, trained, header, calibration)
     lines = ["no validation picture has an odd id: there is nothing to measure on"]
     if held:
         others = [s for data in held for s in photo_samples(captioner, space, data)]
         lines = report(others, np.concatenate([word_pairs(captioner, data) for data in held]), calibration)
-    return lines + report_nothing(samples)
+    return lines + report_nothing(samples, calibration)
 
 
 def familiar(captioner: Captioner, sources: Sequence[DataSet]) -> tuple[np.ndarray, np.ndarray, float]:
@@ -147,7 +159,9 @@ def _samples(
     samples = []
     for caption, pooled, known in zip(captions, pool(features), references, strict=True):
         words = [w.text for w in caption.words]
-        numbers = caption_features(words, [w.probability for w in caption.words], *space.familiarity(pooled))
+        ranks = word_ranks(captioner.model.tokenizer, words)
+        probabilities = [w.probability for w in caption.words]
+        numbers = caption_features(words, probabilities, ranks, *space.familiarity(pooled))
         samples.append(Sample(numbers, content_share(words, known), source))
     return samples
 
@@ -189,9 +203,23 @@ def fit_words(pairs: np.ndarray) -> tuple[float, float]:
 
 
 def fit_captions(samples: Sequence[Sample]) -> tuple[float, ...]:
-    """Logistic regression of the share on the numbers of `FEATURES`; all sets of photos weigh alike."""
-    features = np.array([s.features for s in samples])
-    return fit_logistic(features, np.array([s.share for s in samples]), balance(samples))
+    """Logistic regression of photos' shares on some numbers of `FEATURES`; all sets weigh alike."""
+    photos = [s for s in samples if s.source not in nothing.KINDS]
+    return _fit(photos, _SHARE, np.array([s.share for s in photos]))
+
+
+def fit_shown(samples: Sequence[Sample]) -> tuple[float, ...]:
+    """Logistic regression of whether a picture shows something."""
+    return _fit(samples, _SHOWN, np.array([float(s.source not in nothing.KINDS) for s in samples]))
+
+
+def _fit(samples: Sequence[Sample], names: Sequence[str], targets: np.ndarray) -> tuple[float, ...]:
+    """Return intercept and weights for all of `FEATURES`: zeros for those that are not named."""
+    columns = [FEATURES.index(name) for name in names]
+    features = np.array([s.features for s in samples])[:, columns]
+    found = fit_logistic(features, targets, balance(samples))
+    weights = dict(zip(names, found[1:], strict=True))
+    return (found[0], *(weights.get(name, 0.0) for name in FEATURES))
 
 
 def balance(samples: Sequence[Sample]) -> np.ndarray:
@@ -233,7 +261,7 @@ def report(photos: Sequence[Sample], pairs: np.ndarray, calibration: Calibration
         f"words: expected calibration error {calibration_error(pairs[:, 0], pairs[:, 1]):.4f} before, "
         f"{calibration_error(told, pairs[:, 1]):.4f} after, on {len(pairs)} words of pictures with odd ids"
     ]
-    confidence = np.array([predict(calibration.caption, s.features) for s in photos])
+    confidence = np.array([calibration.caption_confidence(s.features) for s in photos])
     share = np.array([s.share for s in photos])
     for source in dict.fromkeys(s.source for s in photos):
         here = np.array([s.source == source for s in photos])
@@ -251,12 +279,12 @@ def report(photos: Sequence[Sample], pairs: np.ndarray, calibration: Calibration
     return lines
 
 
-def report_nothing(samples: Sequence[Sample]) -> list[str]:
+def report_nothing(samples: Sequence[Sample], calibration: Calibration) -> list[str]:
     """Return a line for each kind of picture of nothing, judged by what was fitted on the other kinds."""
     lines = []
     for kind in nothing.KINDS:
-        weights = fit_captions([s for s in samples if s.source != kind])
-        told = np.array([predict(weights, s.features) for s in samples if s.source == kind])
+        others = replace(calibration, shown=fit_shown([s for s in samples if s.source != kind]))
+        told = np.array([others.caption_confidence(s.features) for s in samples if s.source == kind])
         lines.append(
             f"nothing, {kind}: mean confidence {told.mean():.3f}, "
             f"below the threshold {(told < SURE).mean():.0%} (this kind left out of the fit)"
