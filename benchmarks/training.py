@@ -119,7 +119,7 @@ def step_speed(repeats: int, compiled: bool) -> bool:
     stage = StageConfig(name="captions", sources={"random": 1}, epochs=1, learning_rate=1e-3)
     loss_config = LossConfig()
     batches = random_batches(2, stage, encoder.width)
-    experiment: Any = SimpleNamespace(model=model, config=SimpleNamespace(loss=loss_config))
+    experiment: Any = SimpleNamespace(model=model, words={}, config=SimpleNamespace(loss=loss_config))
     loss_of = objective(experiment, stage, (encoder.width, 8, 8))
     optimiser = build_optimiser(model, stage)
     average = Average(model, stage.average)

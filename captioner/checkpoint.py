@@ -203,14 +203,19 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
             raise CheckpointError(
                 f"{path}: {name} should have shape {tuple(tensor.shape)} and has {tuple(stored[name].shape)}"
             )
-        if stored[name].is_floating_point() != tensor.is_floating_point():
-            kind = "floats" if tensor.is_floating_point() else "whole numbers"
+        floats = tensor.is_floating_point()
+        if not stored[name].is_floating_point() if floats else stored[name].dtype != tensor.dtype:
+            kind = "floats" if floats else str(tensor.dtype)
             raise CheckpointError(f"{path}: {name} should hold {kind} and holds {stored[name].dtype}")
     full = {}
     for name, tensor in stored.items():
-        if not tensor.is_floating_point():  # ids of words
-            if len(tensor) and not 0 <= int(tensor.min()) <= int(tensor.max()) < len(model.tokenizer):
-                raise CheckpointError(f"{path}: damaged: {name} holds ids that the vocabulary has not")
+        if not tensor.is_floating_point():
+            known = range(len(tokenizers.SPECIAL), len(model.tokenizer))
+            ids = tensor.tolist() if name.endswith(".tokens") else []
+            if any(token not in known for token in ids) or len(set(ids)) < len(ids):
+                raise CheckpointError(
+                    f"{path}: damaged: {name} holds ids that the vocabulary has not, or twice"
+                )
             full[name] = tensor.to(device)
             continue
         wide = tensor.to(torch.float32)

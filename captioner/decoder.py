@@ -451,7 +451,7 @@ class Decoder(nn.Module):
         logits = self.output(self.dropout(torch.tanh(output.hidden)))
         if output.copied is None or output.tokens is None:
             return logits
-        copied = output.copied.to(logits.dtype)
+        logits, copied = logits.float(), output.copied.float()  # 16 bits would round 1 - copied to 0
         generated = torch.log_softmax(logits, -1) + torch.log1p(
             -copied.sum(-1, keepdim=True).clamp(max=_MOST)
         )

@@ -2,25 +2,31 @@
 
 A caption is searched; where it leaves out a thing that the encoder is sure of, the picture is searched again
 with the word required. So a captioner says words that it has hardly ever read in a caption, as constrained
-beam search with an image tagger does (Anderson et al. 2017, https://arxiv.org/abs/1612.00576).
+beam search with an image tagger does (Anderson et al. 2017, https://arxiv.org/abs/1612.00576). A word that is
+improbable everywhere would stand anywhere; so the sentence that begins with the thing is searched, too, and
+the one stays whose other words are likelier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
 
 from captioner.calibration import stem
+from captioner.decoder import Memory
 from captioner.encoder import GridFeatures
 from captioner.model import CaptionModel
 from captioner.search import Hypothesis, Machine, Phrase, SearchOptions, search
+from captioner.tokenizer import UNKNOWN
 
 MOST = 2
 """At most so many words are required of a caption because they were guessed."""
 
-_REQUIRED = 6
+_PREFERRED = 0.0
+"""By so many nats a word a sentence that begins with the thing may be less likely."""
 
 
 def write(
@@ -59,17 +65,14 @@ def write(
         seeds=seeds,
         continues=continues,
     )
-    room = _REQUIRED - len(requirements)
-    if options.sample or options.name_above >= 1 or room < 1:
+    if options.sample or options.name_above >= 1:
         return found
     rows, machines = [], []
-    for row, missing in enumerate(unnamed(model, features, [h[0].tokens for h in found], options.name_above)):
-        if not missing:
-            continue
-        phrases = [_forms(model, token) for token in missing[: min(MOST, room)]]
-        richer = Machine([*requirements, *phrases], continues)
+    wanted = unnamed(model, features, [h[0].tokens for h in found], options.name_above)
+    for row, missing in enumerate(wanted):
+        richer = _richer(requirements, [_forms(model, token) for token in missing[:MOST]], continues)
         given = len(prefixes[row]) if prefixes is not None else 0
-        if given + int(richer.needed[0]) < options.max_length:
+        if richer is not None and given + int(richer.needed[0]) < options.max_length:
             rows.append(row)
             machines.append(richer)
     if rows:
@@ -84,7 +87,46 @@ def write(
         )
         for row, hypotheses in zip(rows, again, strict=True):
             found[row] = hypotheses
+    if prefixes is None or not any(prefixes):
+        first = [] if requirements else [(row, wanted[row][0]) for row in rows]
+        _begin_with(model, memory, options, first, found)
     return found
+
+
+def _begin_with(
+    model: CaptionModel,
+    memory: Memory,
+    options: SearchOptions,
+    things: Sequence[tuple[int, int]],
+    found: list[list[Hypothesis]],
+) -> None:
+    """Replace captions that hold a thing by those that begin with it, where other words are likelier so."""
+    tokenizer = model.tokenizer
+    begun = [
+        (row, token, [*tokenizer.encode(_article(tokenizer.piece(token))), token]) for row, token in things
+    ]
+    begun = [one for one in begun if UNKNOWN not in one[2] and len(one[2]) < options.max_length]
+    if not begun:
+        return
+    mine = torch.tensor([row for row, _, _ in begun], device=memory.mask.device)
+    prefixes = [prefix for _, _, prefix in begun]
+    others = search(model.decoder, memory.select(mine), options, prefixes=prefixes)
+    for (row, token, _), hypotheses in zip(begun, others, strict=True):
+        before = found[row][0]
+        forms = {phrase[0] for phrase in _forms(model, token)}
+        own = sum(
+            float(p)
+            for said, p in zip(before.tokens, before.token_log_probabilities, strict=True)
+            if said in forms
+        )
+        rest = max(1, len(before.tokens) - sum(said in forms for said in before.tokens) + 1)
+        score = (before.log_probability - own) / rest**options.length_penalty
+        if hypotheses[0].score > score - _PREFERRED:
+            found[row] = hypotheses
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def unnamed(
@@ -116,10 +158,22 @@ def unnamed(
     return result
 
 
+def _richer(
+    requirements: Sequence[Sequence[Phrase]],
+    phrases: Sequence[Sequence[Phrase]],
+    continues: np.ndarray | None,
+) -> Machine | None:
+    """Require as many of the guessed words, too, as there are states for; None if there are none."""
+    for count in range(len(phrases), 0, -1):
+        with suppress(ValueError):
+            return Machine([*requirements, *phrases[:count]], continues)
+    return None
+
+
 def _forms(model: CaptionModel, token: int) -> list[Phrase]:
     """Return the word and its plural, as far as the vocabulary has them."""
     tokenizer = model.tokenizer
     word = tokenizer.piece(token)
     same = [tokenizer.encode(form) for form in (f"{word}s", f"{word}es")]
-    known = [(ids[0],) for ids in same if len(ids) == 1 and tokenizer.piece(ids[0]) != "<unk>"]
+    known = [(ids[0],) for ids in same if len(ids) == 1 and ids[0] != UNKNOWN]
     return [(token,), *known]

@@ -244,7 +244,7 @@ def test_a_checkpoint_keeps_the_word_memory(tmp_path: Path) -> None:
     assert [g.text for g in before.guesses] == [g.text for g in after.guesses]
 
 
-@pytest.mark.parametrize("token", [-1, 34])
+@pytest.mark.parametrize("token", [-1, 34, END, CONCEPTS[0]])
 def test_ids_that_the_vocabulary_has_not_are_refused(tmp_path: Path, token: int) -> None:
     model = make_model()
     assert model.decoder.guesser is not None
@@ -371,9 +371,12 @@ def test_naming_goes_together_with_all_else_that_is_asked_for() -> None:
     # no room: the caption is the one without
     short = captioner.caption(photo, name_above=0.7, prefix="the red", max_length=2)
     assert short.text == "the red"
-    # six words are required already
+    # six words, or phrases that take many states, are required already: there is room for no more
     six = ["man", "dog", "cat", "car", "tree", "street"]
     assert set(six) <= set(captioner.caption(photo, name_above=0.7, must=six).text.split())
+    phrases = ["red dog", "blue cat", "black tree", "white car"]
+    text = captioner.caption(photo, name_above=0.7, must=phrases).text
+    assert all(phrase in text for phrase in phrases)
 
 
 def test_a_plural_names_it_too() -> None:

@@ -13,10 +13,11 @@ from captioner_training.data import load_data_set
 from captioner_training.experiment import Experiment
 from captioner_training.loop import train
 from captioner_training.state import save_state
+from conftest import make_header, make_tiny_model
 from pydantic import ValidationError
 from shape_data import make_config, plain_config, same, stage, state_of
 
-from captioner import Captioner
+from captioner import Captioner, checkpoint
 from captioner.encoder import Encoder, encode
 from captioner.images import load
 from captioner.tokenizer import BpeTokenizer, WordTokenizer
@@ -151,26 +152,109 @@ def test_a_lion_is_known_for_a_lion() -> None:
 
 def test_targets_are_kept_until_something_changes(tmp_path, shapes) -> None:
     encoder = Encoder("efficientnet_lite0")
-    path = concepts.remember(tmp_path / "cache", encoder, shapes, [5, 6])
+    classes = torch.full((1000,), -1)
+
+    def remember(tokens=(5, 6), classes=classes):
+        return concepts.remember(tmp_path / "cache", encoder, shapes, tokens, classes)
+
+    path = remember()
     assert concepts.recall(path) is None
     targets = torch.rand(24, 2)
     kept = concepts.keep(path, targets)
     assert torch.equal(concepts.recall(path), kept)
     assert torch.allclose(kept.float(), targets, atol=1e-3)
-    assert concepts.remember(tmp_path / "cache", encoder, shapes, [5, 7]) != path
+    assert remember() == path
+    assert remember([5, 7]) != path
+    assert remember(classes=None) != path
+    assert remember(classes=torch.zeros(1000, dtype=torch.long)) != path
     with torch.no_grad():
         next(encoder.network.parameters()).add_(1)
-    assert concepts.remember(tmp_path / "cache", encoder, shapes, [5, 6]) != path
+    assert remember() != path
     path.write_bytes(b"nonsense")
     assert concepts.recall(path) is None
 
 
 @pytest.mark.parametrize(
-    "changes", [{"decoder": WORDS["decoder"]}, {"concepts": WORDS["concepts"]}], ids=["words", "concepts"]
+    ("changes", "message"),
+    [
+        ({"decoder": WORDS["decoder"]}, r"decoder\.words needs the section concepts"),
+        ({"concepts": WORDS["concepts"]}, r"concepts needs decoder\.words"),
+        (
+            {
+                **WORDS,
+                "concepts": {"imagenet": True},
+                "encoder": {"name": "efficientnet_lite0", "pretrained": False},
+            },
+            r"concepts\.imagenet needs encoder\.pretrained: true",
+        ),
+        ({**WORDS, "search": {"name_above": 0.7}}, r"search\.name_above needs concepts\.imagenet"),
+    ],
 )
-def test_a_word_memory_needs_both_sections(changes) -> None:
-    with pytest.raises(ValidationError, match=r"decoder\.words and concepts belong together"):
+def test_impossible_combinations_are_mistakes(changes, message) -> None:
+    with pytest.raises(ValidationError, match=message):
         make_config(**changes)
+
+
+def test_no_words_can_be_compared_with_some(data, cache) -> None:
+    """The section may stay where ``decoder.words`` is 0: a comparison varies that one key."""
+    config = make_config(**{**WORDS, "decoder": {**WORDS["decoder"], "words": 0}})
+    experiment = Experiment(config, data, cache)
+    experiment.know_words()
+    assert experiment.words == {}
+    assert experiment.model.decoder.guesser is None
+
+
+def test_targets_are_looked_up_once(data, cache) -> None:
+    experiment = Experiment(make_config(**WORDS), data, cache)
+    experiment.know_words()
+    before = experiment.model.decoder.guesser.head.weight.clone()
+    experiment.know_words()
+    assert torch.equal(experiment.model.decoder.guesser.head.weight, before)
+
+
+@pytest.mark.parametrize(("style", "known"), [(2, 1), (1, 0)])
+def test_a_style_that_the_start_does_not_know_is_a_mistake(data, cache, tmp_path, style, known) -> None:
+    model = make_tiny_model(styles=known)
+    path = tmp_path / "start.safetensors"
+    checkpoint.save(path, model, make_header(model))
+    shapes = {"annotations": "shapes.json", "images": ["pictures"], "style": style}
+    config = make_config(
+        encoder=None,
+        decoder=None,
+        start={"model": str(path)},
+        data={"sources": {"shapes": shapes}, "validation": {"shapes_val": {**shapes, "style": 0}}},
+    )
+    with pytest.raises(
+        ConfigError, match=rf"style is {style}: the captioner under start tells {known}"
+    ):
+        Experiment(config, data, cache)
+
+
+def test_somebody_has_to_write_as_the_model_is_to_speak(data, cache) -> None:
+    shapes = {"annotations": "shapes.json", "images": ["pictures"]}
+    config = make_config(
+        data={"sources": {"shapes": {**shapes, "style": 1}}, "validation": {"shapes_val": shapes}}
+    )
+    with pytest.raises(ConfigError, match="no source that is trained on has style: 0"):
+        Experiment(config, data, cache)
+
+
+def test_in_self_critical_training_no_guess_is_left_out(tmp_path, data, cache, quick, monkeypatch) -> None:
+    seen = []
+    real = loop.self_critical_loss
+
+    def watched(model, memory, *arguments, drawn_from, **options):
+        seen.append((memory.word_mask, drawn_from.word_mask, model.decoder.guesser.head.weight.requires_grad))
+        return real(model, memory, *arguments, drawn_from=drawn_from, **options)
+
+    monkeypatch.setattr(loop, "self_critical_loss", watched)
+    stages = [stage(), stage(name="second", objective="self_critical")]
+    words = {**WORDS, "decoder": {**WORDS["decoder"], "word_dropout": 0.8}}
+    train(make_config(stages, **words), data, tmp_path, cache_folder=cache, processes=1)
+    assert len(seen) == 3
+    for learned, drawn, learns in seen:
+        assert torch.equal(learned, drawn)
+        assert not learns
 
 
 def test_kept_out_pictures_give_no_words(data, cache) -> None:

@@ -186,9 +186,9 @@ def word_pairs(captioner: Captioner, data: DataSet) -> np.ndarray:
         for i, (_, caption) in enumerate(rows):
             tokens[i, : len(caption) + 1] = torch.tensor([START, *caption])
         with torch.inference_mode():
-            memory = model.memory(grid).select(torch.tensor([row for row, _ in rows]))
-            logits = model(memory, tokens, lengths).logits
-            best, word = torch.softmax(logits, -1).max(-1)
+            mine = torch.tensor([row for row, _ in rows], device=model.device)
+            logits = model(model.memory(grid).select(mine), tokens.to(model.device), lengths).logits
+            best, word = (found.cpu() for found in torch.softmax(logits, -1).max(-1))
         valid = torch.arange(tokens.shape[1] - 1) < lengths[:, None]
         return torch.stack((best, (word == tokens[:, 1:][valid]).float()), 1).numpy()
 

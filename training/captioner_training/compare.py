@@ -251,6 +251,7 @@ def take_part(
                 "annotations": str(path),
                 "images": content["info"]["images"],
                 "note": source.note,
+                "style": source.style,
             }
     return TrainingConfig.model_validate(raw)
 
@@ -653,6 +654,8 @@ def measure_gradients(model: CaptionModel, data: DataSet, cache: FeatureCache, s
     features = cache.grid_features([index for index, _ in rows])
     torch.manual_seed(seed)
     fresh = CaptionModel(model.encoder, model.decoder.config, model.tokenizer).eval()
+    if fresh.decoder.guesser is not None and model.decoder.guesser is not None:
+        fresh.decoder.guesser.tokens.copy_(model.decoder.guesser.tokens)
     found: dict[str, Any] = {}
     for name, one in (("trained", model), ("untrained", fresh)):
         with torch.no_grad():

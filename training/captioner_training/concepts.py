@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def choose(config: ConceptsConfig, sources: Mapping[str, DataSet], tokenizer: To
     return [tokenizer.index[word] for word in dict.fromkeys(found)]
 
 
+@cache
 def classifier(encoder: str) -> tuple[Tensor, Tensor]:
     """Return weight ``(1000, D)`` and bias of an encoder's ImageNet classifier over the mean of its cells.
 
@@ -158,12 +160,15 @@ def recognised(features: Features, encoder: str, words: Tensor, count: int, prog
     return torch.cat(found)
 
 
-def remember(folder: Path, encoder: Encoder, data: DataSet, concepts: Sequence[int]) -> Path:
+def remember(
+    folder: Path, encoder: Encoder, data: DataSet, concepts: Sequence[int], classes: Tensor | None
+) -> Path:
     """Return where a data set's targets are kept; another encoder, picture or word gives another name."""
     digest = hashlib.sha256(fingerprint(encoder.network, encoder.preprocess).encode())
     for picture in data.pictures:
-        digest.update(f"{picture.file} {picture.captions}\n".encode())
-    digest.update(f"{list(concepts)}".encode())
+        size, _ = data.store.stamp(picture.file)
+        digest.update(f"{picture.file} {size} {picture.captions}\n".encode())
+    digest.update(f"{list(concepts)} {None if classes is None else classes.tolist()}".encode())
     return folder / f"words-{data.name}-{digest.hexdigest()[:16]}.safetensors"
 
 

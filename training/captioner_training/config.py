@@ -261,8 +261,19 @@ class TrainingConfig(_Strict):
             raise ValueError(
                 "data.validation must name at least one set: the best checkpoint is chosen on it"
             )
-        if bool(self.decoder and self.decoder.words) != bool(self.concepts):
-            raise ValueError("decoder.words and concepts belong together: give both or neither")
+        if self.decoder is not None and self.decoder.words and self.concepts is None:
+            raise ValueError("decoder.words needs the section concepts: which words are to be guessed")
+        if self.concepts is not None and not (self.decoder and "words" in self.decoder.model_fields_set):
+            raise ValueError("concepts needs decoder.words: how many of the guesses are attended to")
+        known = self.concepts is not None and self.concepts.imagenet
+        if known and self.encoder is not None and not self.encoder.pretrained:
+            raise ValueError(
+                "concepts.imagenet needs encoder.pretrained: true, the weights of its classifier"
+            )
+        if self.start is None and self.search.name_above < 1 and not known:
+            raise ValueError(
+                "search.name_above needs concepts.imagenet: no other guess is known to be of a thing"
+            )
         if self.start is None and self.encoder is None:
             raise ValueError("encoder is missing (or start, to go on from a trained captioner)")
         if self.start is not None:

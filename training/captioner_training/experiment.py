@@ -64,6 +64,7 @@ class Experiment:
         self.config = config
         self.cache_folder = cache_folder
         self.notes: list[str] = []
+        self.concepts: list[int] = []
         used = {name for stage in config.stages for name in stage.sources}
         self.sources = {
             n: load_data_set(n, c, data_folder) for n, c in config.data.sources.items() if n in used
@@ -94,6 +95,7 @@ class Experiment:
                 f"{cut:,} captions are longer than {LONGEST - 1} tokens: of these the beginning is learned"
             )
         self.styles = {name: config.data.sources[name].style for name in self.sources}
+        self._check_styles()
         self.words: dict[str, torch.Tensor] = {}
         self._scorers: dict[str, Scorer] = {}
 
@@ -107,8 +109,7 @@ class Experiment:
             return start.model
         assert config.encoder is not None
         tokenizer = build_tokenizer(config, self.sources)
-        self.concepts: list[int] = []
-        if config.concepts is not None:
+        if config.concepts is not None and config.decoder is not None and config.decoder.words:
             self.concepts = concepts.choose(config.concepts, self.sources, tokenizer)
             if config.concepts.imagenet:
                 concepts.classifier(config.encoder.name)  # a mistake there comes before features
@@ -121,20 +122,35 @@ class Experiment:
             self.notes.append(begin_with(model, data_folder / config.word_vectors))
         return model
 
+    def _check_styles(self) -> None:
+        known = self.model.decoder.config.styles
+        for name, style in self.styles.items():
+            if style > known:
+                raise ConfigError(
+                    f"data.sources.{name}.style is {style}: the captioner under start tells {known} other "
+                    "styles apart"
+                )
+        if self.config.start is None and min(self.styles.values()) > 0:
+            raise ConfigError(
+                "data.sources: no source that is trained on has style: 0, the one that the model is to speak"
+            )
+
     def know_words(self) -> None:
         """Fill `words`, and begin the model's guesses from them; the encoder must be as it was at first.
 
         With ImageNet's knowledge this computes features if no earlier run kept the targets.
         """
         wanted = self.config.concepts
-        if wanted is None:
+        if wanted is None or not self.concepts or self.words:
             return
         tokenizer = cast(WordTokenizer, self.tokenizer)
         encoder = self.model.encoder
         classes = concepts.class_words(self.concepts, tokenizer) if wanted.imagenet else None
-        frozen = self.config.stages[0].model_copy(update={"trainable_blocks": 0})
+        first = self.config.stages[0]
         for name, data in self.sources.items():
-            path = concepts.remember(self.cache_folder, encoder, data, self.concepts)
+            shared = name in first.sources and not first.trainable_blocks  # its features serve here too
+            frozen = first if shared else first.model_copy(update={"trainable_blocks": 0, "crops": 0})
+            path = concepts.remember(self.cache_folder, encoder, data, self.concepts, classes)
             targets = concepts.recall(path)
             if targets is None:
                 targets = concepts.mentioned(data, self.concepts, tokenizer)
@@ -329,14 +345,16 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 
 
 def build_tokenizer(config: TrainingConfig, sources: dict[str, DataSet]) -> Tokenizer:
-    """Learn the vocabulary from the captions of the training sources alone."""
+    """Learn the vocabulary from the captions of the training sources alone, and what ImageNet may guess."""
     sentences = [c for data in sources.values() for p in data.pictures for c in p.captions]
     if config.tokenizer.kind == "bpe":
         return BpeTokenizer.build(sentences, size=config.tokenizer.size)
     count = config.tokenizer.min_count
-    if config.concepts is not None and config.concepts.imagenet:  # what can be guessed can be said
-        sentences += concepts.everyday_words() * count
-    tokenizer = WordTokenizer.build(sentences, min_count=count, max_size=config.tokenizer.max_size)
+    largest = config.tokenizer.max_size
+    tokenizer = WordTokenizer.build(sentences, min_count=count, max_size=largest)
     if len(tokenizer) == len(WordTokenizer.build([])):
         raise ConfigError(f"tokenizer.min_count is {count}: no word of the training captions is so common")
+    if config.concepts is not None and config.concepts.imagenet:  # what can be guessed can be said
+        sentences += concepts.everyday_words() * count
+        tokenizer = WordTokenizer.build(sentences, min_count=count, max_size=largest)
     return tokenizer

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def _run(
     tracker = Tracker(
         output, enabled=config.tensorboard, first=workers.first, first_step=int(progress["total"])
     )
+    word_dropout = model.decoder.config.word_dropout
     with tracker:
         for stage_index, stage in enumerate(config.stages):
             if stage_index < progress["stage"]:
@@ -178,9 +180,7 @@ def _run(
             for known in config.stages[: stage_index + 1]:
                 if known.dropout is not None:
                     replace_dropout(model, known.dropout)
-            if model.decoder.guesser is not None:  # guesses learn where their targets are
-                learns = bool(experiment.words) and stage.objective == "cross_entropy"
-                model.decoder.guesser.requires_grad_(learns)
+            begin_stage(model, stage, bool(experiment.words), word_dropout)
             optimiser = build_optimiser(model, stage)
             average = Average(model, stage.average, stage.average_epochs)
             if resumed is not None:
@@ -278,6 +278,24 @@ def _run(
             progress.update(stage=stage_index + 1, epoch=0, step=0, stage_best=-math.inf, waited=0)
 
 
+def begin_stage(model: CaptionModel, stage: StageConfig, targets: bool, word_dropout: float) -> None:
+    """Set what a stage changes about the word memory.
+
+    Args:
+        model: changed in place.
+        stage: guesses learn where it has cross-entropy, and ``targets``.
+        targets: whether there are any to learn from.
+        word_dropout: in a self-critical stage none: the words that a caption was drawn from are there when it
+            is learned from.
+    """
+    guesser = model.decoder.guesser
+    if guesser is None:
+        return
+    drawn = stage.objective == "self_critical"
+    guesser.requires_grad_(targets and (not drawn or stage.cross_entropy > 0))
+    model.decoder.config = replace(model.decoder.config, word_dropout=0.0 if drawn else word_dropout)
+
+
 _BEGINNING = {
     **{"stage": 0, "epoch": 0, "step": 0, "total": 0, "logged": 0},
     **{"told": 0.0, "norm": 0.0},  # sums over the epoch so far
@@ -327,7 +345,8 @@ def objective(
             output, batch.tokens[:, 1:], config.loss, tokens=batch.all_tokens, captions=batch.all_captions
         )
         told = loss.detach()
-        if config.concepts is not None:
+        if experiment.words:
+            assert config.concepts is not None
             targets = torch.stack([experiment.words[name][i] for name, i in batch.places])
             guesses = model.decoder.guess(features, batch.mask)
             wrong = word_loss(guesses, targets.to(guesses.device)) / batch.all_pictures
