@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from captioner_training import nothing
+from gradio import media as gradio_media
 from skimage import data
 
 from captioner import Captioner
@@ -37,10 +38,20 @@ def test_the_file_is_small_and_tells_what_it_is() -> None:
 
 def test_it_names_what_it_sees(captioner: Captioner, man: np.ndarray, motorcycle: np.ndarray) -> None:
     first, second = captioner.caption_batch([man, motorcycle])
-    assert {"man", "camera"} <= set(first.text.split())
+    assert "man" in first.text.split()
+    assert {"camera", "tripod"} & set(first.text.split())
     assert "motorcycle" in second.text.split()
     assert first.sure
     assert second.sure
+
+
+def test_it_names_what_hardly_stands_in_a_caption(captioner: Captioner) -> None:
+    """Lions and cheetahs are no subject of people's captions; the encoder knows them."""
+    for file, name in (("lion.jpg", "lion"), ("cheetah1.jpg", "cheetah"), ("cheetah.jpg", "cheetah")):
+        caption = captioner.caption(gradio_media.get_image(file))
+        assert name in caption.text.split(), caption.text
+        assert caption.guesses[0].text == name
+    assert {"coffee", "cup"} & set(captioner.caption(data.coffee()).text.split())
 
 
 def test_boxed_halves_are_captioned_as_themselves(

@@ -224,9 +224,7 @@ def test_a_style_that_the_start_does_not_know_is_a_mistake(data, cache, tmp_path
         start={"model": str(path)},
         data={"sources": {"shapes": shapes}, "validation": {"shapes_val": {**shapes, "style": 0}}},
     )
-    with pytest.raises(
-        ConfigError, match=rf"style is {style}: the captioner under start tells {known}"
-    ):
+    with pytest.raises(ConfigError, match=rf"style is {style}: the captioner under start tells {known}"):
         Experiment(config, data, cache)
 
 
