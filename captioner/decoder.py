@@ -304,9 +304,10 @@ class Decoder(nn.Module):
             self.word_attention = AdditiveAttention(width, config.hidden, config.word_attention_width)
             self.input_words = nn.Linear(width, width, bias=False)
             self.output_words = nn.Linear(width, width, bias=False)
-            with torch.no_grad():  # what is read makes its own word likelier: a beginning of copying
-                self.input_words.weight.zero_()
-                self.output_words.weight.copy_(torch.eye(width))
+            nn.init.zeros_(self.input_words.weight)
+            if not self.output_words.weight.is_meta:  # there it would import torch's compiler, for seconds
+                # what is read makes its own word likelier: a beginning of copying
+                nn.init.eye_(self.output_words.weight)
         self.copy = nn.Linear(config.hidden + config.embedding, 1) if config.copying else None
         if self.copy is not None:
             nn.init.constant_(self.copy.bias, -2.0)  # seldom at first
@@ -440,6 +441,11 @@ class Decoder(nn.Module):
         return UnrolledStep(
             state, context, weights, None if gate is None else gate.squeeze(-1), named, word_weights
         )
+
+    def log_probabilities(self, output: Output) -> Tensor:
+        """Map step outputs to log-probabilities ``(n, V)``, in nats."""
+        logits = self.logits(output).float()
+        return logits if output.copied is not None else torch.log_softmax(logits, -1)
 
     def logits(self, output: Output) -> Tensor:
         """Map step outputs to logits ``(n, V)``.

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from captioner.calibration import stem
-from captioner.decoder import Memory
 from captioner.encoder import GridFeatures
 from captioner.model import CaptionModel
 from captioner.search import Hypothesis, Machine, Phrase, SearchOptions, search
@@ -24,9 +24,6 @@ from captioner.tokenizer import UNKNOWN
 
 MOST = 2
 """At most so many words are required of a caption because they were guessed."""
-
-_PREFERRED = 0.0
-"""By so many nats a word a sentence that begins with the thing may be less likely."""
 
 
 def write(
@@ -67,62 +64,59 @@ def write(
     )
     if options.sample or options.name_above >= 1:
         return found
-    rows, machines = [], []
+    tries: list[tuple[int, list[int], Machine]] = []  # picture, prefix, what must appear
     wanted = unnamed(model, features, [h[0].tokens for h in found], options.name_above)
     for row, missing in enumerate(wanted):
         richer = _richer(requirements, [_forms(model, token) for token in missing[:MOST]], continues)
-        given = len(prefixes[row]) if prefixes is not None else 0
-        if richer is not None and given + int(richer.needed[0]) < options.max_length:
-            rows.append(row)
-            machines.append(richer)
-    if rows:
-        again = search(
-            model.decoder,
-            memory.select(torch.tensor(rows, device=memory.mask.device)),
-            options,
-            prefixes=[prefixes[row] for row in rows] if prefixes is not None else None,
-            machines=machines,
-            seeds=[seeds[row] for row in rows] if seeds is not None else None,
-            continues=continues,
+        prefix = list(prefixes[row]) if prefixes is not None else []
+        if richer is None or len(prefix) + int(richer.needed[0]) >= options.max_length:
+            continue
+        tries.append((row, prefix, richer))
+        if not prefix and not requirements:
+            tries += [(row, begun, richer) for begun in _begun(model, missing[0])]
+    if not tries:
+        return found
+    again = search(
+        model.decoder,
+        memory.select(torch.tensor([row for row, _, _ in tries], device=memory.mask.device)),
+        options,
+        prefixes=[prefix for _, prefix, _ in tries],
+        machines=[richer for _, _, richer in tries],
+        seeds=[seeds[row] for row, _, _ in tries] if seeds is not None else None,
+        continues=continues,
+    )
+    named: dict[int, list[Hypothesis]] = {}
+    for (row, _, _), hypotheses in zip(tries, again, strict=True):
+        if row not in named or hypotheses[0].score > _rest(model, named[row][0], wanted[row][0], options):
+            named[row] = hypotheses
+    for row, hypotheses in named.items():
+        found[row] = (
+            hypotheses if prefixes is not None and prefixes[row] else [_ungiven(h) for h in hypotheses]
         )
-        for row, hypotheses in zip(rows, again, strict=True):
-            found[row] = hypotheses
-    if prefixes is None or not any(prefixes):
-        first = [] if requirements else [(row, wanted[row][0]) for row in rows]
-        _begin_with(model, memory, options, first, found)
     return found
 
 
-def _begin_with(
-    model: CaptionModel,
-    memory: Memory,
-    options: SearchOptions,
-    things: Sequence[tuple[int, int]],
-    found: list[list[Hypothesis]],
-) -> None:
-    """Replace captions that hold a thing by those that begin with it, where other words are likelier so."""
-    tokenizer = model.tokenizer
-    begun = [
-        (row, token, [*tokenizer.encode(_article(tokenizer.piece(token))), token]) for row, token in things
+def _begun(model: CaptionModel, token: int) -> list[list[int]]:
+    """Return how a sentence begins that begins with the thing, if the vocabulary has the words."""
+    article = model.tokenizer.encode(_article(model.tokenizer.piece(token)))
+    return [] if UNKNOWN in article else [[*article, token]]
+
+
+def _rest(model: CaptionModel, hypothesis: Hypothesis, token: int, options: SearchOptions) -> float:
+    """Return the score of a caption's other words, as if the thing had been given."""
+    forms = {phrase[0] for phrase in _forms(model, token)}
+    mine = [
+        float(p)
+        for said, p in zip(hypothesis.tokens, hypothesis.token_log_probabilities, strict=True)
+        if said in forms
     ]
-    begun = [one for one in begun if UNKNOWN not in one[2] and len(one[2]) < options.max_length]
-    if not begun:
-        return
-    mine = torch.tensor([row for row, _, _ in begun], device=memory.mask.device)
-    prefixes = [prefix for _, _, prefix in begun]
-    others = search(model.decoder, memory.select(mine), options, prefixes=prefixes)
-    for (row, token, _), hypotheses in zip(begun, others, strict=True):
-        before = found[row][0]
-        forms = {phrase[0] for phrase in _forms(model, token)}
-        own = sum(
-            float(p)
-            for said, p in zip(before.tokens, before.token_log_probabilities, strict=True)
-            if said in forms
-        )
-        rest = max(1, len(before.tokens) - sum(said in forms for said in before.tokens) + 1)
-        score = (before.log_probability - own) / rest**options.length_penalty
-        if hypotheses[0].score > score - _PREFERRED:
-            found[row] = hypotheses
+    length = max(1, len(hypothesis.tokens) - len(mine) + 1)
+    return (hypothesis.log_probability - sum(mine)) / length**options.length_penalty
+
+
+def _ungiven(hypothesis: Hypothesis) -> Hypothesis:
+    """Return a caption whose words all count as the model's own: nobody gave them."""
+    return replace(hypothesis, given=0)
 
 
 def _article(word: str) -> str:

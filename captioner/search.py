@@ -500,7 +500,7 @@ class _Search:
     def _step(self, t: int) -> None:
         options, n = self.options, len(self.rows)
         output = self.decoder.step(self.tokens.flatten(), self.state, self.memory)
-        raw = torch.log_softmax(self.decoder.logits(output.output).float(), -1).view(n, self.slots, -1)
+        raw = self.decoder.log_probabilities(output.output).view(n, self.slots, -1)
         if t == options.max_length:  # nothing but the end may follow; what does not end is returned as it is
             self._cut(raw, t)
             self.rows = self.rows[:0]

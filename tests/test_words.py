@@ -1,5 +1,7 @@
 """The word memory: guesses, attention to them, and what becomes of it in search, captions and checkpoints."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -389,3 +391,16 @@ def test_a_plural_names_it_too() -> None:
 def test_the_threshold_must_be_a_probability() -> None:
     with pytest.raises(ValueError, match="name_above must be above 0 and at most 1, not 0"):
         SearchOptions(name_above=0.0).check()
+
+
+def test_loading_a_word_memory_imports_no_compiler(tmp_path: Path) -> None:
+    """It would take seconds."""
+    model = make_model(copying=True, styles=1)
+    path = tmp_path / "words.safetensors"
+    checkpoint.save(path, model, make_header(model))
+    code = (
+        "import sys; from captioner import Captioner; "
+        f"Captioner.load({str(path)!r}, device='cpu'); "
+        "sys.exit(any(name.startswith(('torch._dynamo', 'sympy')) for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,7 +20,9 @@ def made_small(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the config over tiny data and an encoder without its weights; all else stays."""
     raw["data"] = {"sources": {"shapes": SHAPES}, "validation": {"shapes_val": SHAPES}}
     if "encoder" in raw:
-        raw["encoder"].update(size=64, pretrained=False)
+        # the classifier that tells ImageNet's kinds of things needs its own weights
+        known = raw.get("concepts", {}).get("imagenet", False)
+        raw["encoder"].update(size=64, pretrained=known)
     raw.setdefault("tokenizer", {})["min_count"] = 1
     for stage in raw["stages"]:
         stage.update(epochs=1, sources={"shapes": 1}, batch_pictures=2)
