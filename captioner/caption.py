@@ -15,7 +15,11 @@ import numpy as np
 from captioner.images import Fit
 
 if TYPE_CHECKING:
+    import os
+
     from PIL import Image
+
+    from captioner.video_overlay import WrittenClip
 
 SCHEMA_VERSION = 1
 
@@ -178,6 +182,109 @@ class Caption:
         return sheet(self, image, **options)
 
 
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A stretch of a video and its caption.
+
+    Attributes:
+        start, end: seconds from the video's first frame.
+        caption: what is said of it. ``caption.times`` are seconds from the video's first frame too, and each
+            word's attention is ``(F, R)`` over those frames.
+    """
+
+    start: float
+    end: float
+    caption: Caption
+
+    def __str__(self) -> str:
+        return f"{clock(self.start)} to {clock(self.end)}: {self.caption.text}"
+
+    @property
+    def times(self) -> np.ndarray:
+        """``(F,)`` seconds of the frames that the caption was read from."""
+        return self.caption.times
+
+    def to_dict(self, *, attention: bool = False) -> dict[str, Any]:
+        """Return the record of this segment: start, end, times and what `Caption.to_dict` gives.
+
+        Args:
+            attention: also write every word's attention, as nested lists ``[frame][row][column]``.
+        """
+        caption = self.caption.to_dict(attention=attention)
+        del caption["schema"]  # the video's record has it
+        return {
+            "start": round(float(self.start), 3),
+            "end": round(float(self.end), 3),
+            "times": [round(float(t), 3) for t in self.times],
+            **caption,
+        }
+
+    def overlay(self, frames: Sequence[Any], **options: Any) -> Image.Image:
+        """Draw a sheet of words × frames: where, and in which frame, the model looked for each word.
+
+        ``frames`` are the pictures at `times`, F of them. Options are those of
+        `captioner.video_overlay.frame_sheet`.
+        """
+        from captioner.video_overlay import frame_sheet
+
+        return frame_sheet(self, frames, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class VideoCaption:
+    """What a video shows, segment by segment.
+
+    Attributes:
+        segments: in order of time.
+        duration: seconds from the first frame to the end of the last.
+    """
+
+    segments: tuple[Segment, ...]
+    duration: float
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.segments))
+
+    @property
+    def text(self) -> str:
+        """All segments' captions as running text, a full stop between them."""
+        return ". ".join(segment.caption.text for segment in self.segments)
+
+    @property
+    def confidence(self) -> float:
+        """The segments' confidence, 0 to 1: their mean, each counting by how long it lasts."""
+        if not self.segments:
+            return 0.0
+        lengths = [max(segment.end - segment.start, 1e-3) for segment in self.segments]
+        return float(np.average([segment.caption.confidence for segment in self.segments], weights=lengths))
+
+    def to_dict(self, *, attention: bool = False) -> dict[str, Any]:
+        """Return the record of this video, ready for JSON (schema in ``docs/records.md``).
+
+        Args:
+            attention: also write the attention of every segment's words.
+        """
+        return {
+            "schema": SCHEMA_VERSION,
+            "caption": self.text,
+            "confidence": _rounded(self.confidence),
+            "duration": round(float(self.duration), 3),
+            "segments": [segment.to_dict(attention=attention) for segment in self.segments],
+        }
+
+    def overlay(
+        self, video: str | os.PathLike[str], path: str | os.PathLike[str], **options: Any
+    ) -> WrittenClip:
+        """Write the clip with the attention of the word being said on it and the caption below.
+
+        ``video`` is the file that was captioned, ``path`` where the new one goes (``.mp4`` or ``.webm``).
+        Options are those of `captioner.video_overlay.write_overlay_clip`.
+        """
+        from captioner.video_overlay import write_overlay_clip
+
+        return write_overlay_clip(video, self, path, **options)
+
+
 SURE = 0.3
 """Captions below this confidence are hedged in plain text output."""
 
@@ -187,6 +294,16 @@ def plain_text(caption: Caption) -> str:
     if caption.sure:
         return caption.text
     return f"(not sure what this shows; a guess: {caption.text})"
+
+
+def clock(seconds: float) -> str:
+    """Return a time as people write it: ``0:04``, ``0:04.5``, ``1:02:03``; to a tenth of a second."""
+    tenths = max(0, round(seconds * 10))
+    minutes, tenths = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    fraction = f".{tenths % 10}" if tenths % 10 else ""
+    whole = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+    return f"{whole}:{tenths // 10:02d}{fraction}"
 
 
 def join_words(words: Sequence[str]) -> str:

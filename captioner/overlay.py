@@ -197,9 +197,18 @@ def _axis(pixels: int, length: float, low: float, high: float, cells: int, smoot
 
 def _colour(heat: np.ndarray) -> np.ndarray:
     """Return ``heat.shape + (4,)`` uint8 RGBA for heat from 0 to 1."""
-    rgba = [np.interp(heat, _COLOURS[:, 0], _COLOURS[:, i]) for i in range(1, 5)]
+    return _RAMP[np.rint(heat * (len(_RAMP) - 1)).astype(np.int32)]
+
+
+def _ramp(colours: np.ndarray) -> np.ndarray:
+    heat = np.linspace(0, 1, 4096)
+    rgba = [np.interp(heat, colours[:, 0], colours[:, i]) for i in range(1, 5)]
     rgba[3] = rgba[3] * 255
     return np.rint(np.stack(rgba, -1)).astype(np.uint8)
+
+
+# interpolating between the colours for every pixel would take most of the time of a large picture
+_RAMP = _ramp(_COLOURS)
 
 
 # --- pages: the same drawing for pixels and for vectors --------------------------------------------------
@@ -535,14 +544,14 @@ def _chance(word: Word) -> str:
     return "given" if word.given else _percent(word.probability)
 
 
-def _standing(caption: Caption, frame: int = 0) -> str:
-    """The line under the heading."""
+def _standing(caption: Caption, frame: int | None = 0) -> str:
+    """The line under the heading; None leaves out the time of a frame."""
     parts = [f"confidence {_percent(caption.confidence)}"]
     if not caption.sure:
         parts.append("not sure: a guess")
     if not caption.finished:
         parts.append("cut off before its end")
-    if len(caption.times) > 1:
+    if frame is not None and len(caption.times) > 1:
         parts.append(f"frame at {float(caption.times[frame]):.1f} s")
     return ", ".join(parts)
 
@@ -578,6 +587,7 @@ class _View:
                 "another picture?"
             )
         self._bases: dict[tuple[int, int], tuple[Image.Image, Image.Image]] = {}
+        self._veil: Image.Image | None = None
 
     @property
     def attends(self) -> bool:
@@ -602,23 +612,32 @@ class _View:
         if size not in self._bases:
             filter_ = Image.Resampling.LANCZOS if size[0] < self.photo.width else Image.Resampling.BICUBIC
             photo = self.photo.resize(size, filter_, reducing_gap=2.0)
-            dim = ImageEnhance.Color(photo).enhance(_SATURATION)
-            dim = ImageEnhance.Brightness(dim).enhance(_BRIGHTNESS)
-            if self.attends and not self.whole:
-                dim = self._hatch(dim)
-            self._bases[size] = photo, dim
+            self._bases[size] = photo, self.dimmed(photo)
         return self._bases[size]
 
+    def dimmed(self, photo: Image.Image) -> Image.Image:
+        """Return a picture as it lies under the heat."""
+        dim = ImageEnhance.Color(photo).enhance(_SATURATION)
+        dim = ImageEnhance.Brightness(dim).enhance(_BRIGHTNESS)
+        return self._hatch(dim) if self.attends and not self.whole else dim
+
     def _hatch(self, dim: Image.Image) -> Image.Image:
-        size = dim.size
+        if self._veil is None or self._veil.size != dim.size:
+            self._veil = self._unseen(dim.size)
+        dim.paste(self._veil, (0, 0), self._veil)
+        return dim
+
+    def _unseen(self, size: tuple[int, int]) -> Image.Image:
+        """Return an RGBA picture that darkens and hatches what the network did not see."""
         down, across = _placement((1, 1), self.caption.fit, size, False)
         unseen = down @ across.T < 0.5
         rows, columns = np.indices((size[1], size[0]), sparse=True)
         lines = unseen & ((rows + columns) % 8 < 1)
-        pixels = np.array(dim, np.float32)
-        pixels[unseen] *= _UNSEEN
-        pixels[lines] = 0.78 * pixels[lines] + 0.22 * np.array(_HATCH, np.float32)
-        return Image.fromarray(pixels.astype(np.uint8))
+        veil = np.zeros((size[1], size[0], 4), np.uint8)
+        veil[unseen, 3] = round(255 * (1 - _UNSEEN))
+        left = 0.78 * _UNSEEN  # of the photo, where a line of 22 % grey crosses it
+        veil[lines] = [*(round(0.22 * c / (1 - left)) for c in _HATCH), round(255 * (1 - left))]
+        return Image.fromarray(veil)
 
     def draw(self, page: _Page, x: float, y: float, size: tuple[int, int], word: Word | None) -> bool:
         """Put the photo on a page: bare without a word, else under the word's heat.
@@ -632,16 +651,30 @@ class _View:
         page.picture(x, y, *size, dim)
         if word.attention is None:
             return self._say_so(page, x, y, size)
-        grid, fit = self.caption.grid, self.caption.fit
-        weights = _frames(self.caption, word.attention)[self.frame]
-        even = 1 / word.attention.size
         if self.vector and not self.smooth:
-            for box in _cell_boxes(_cell_heat(weights, grid, top=self.top, even=even), fit, x, y, size):
-                page.items.append(box)
+            weights = _frames(self.caption, word.attention)[self.frame]
+            cells = _cell_heat(weights, self.caption.grid, top=self.top, even=1 / word.attention.size)
+            page.items.extend(_cell_boxes(cells, self.caption.fit, x, y, size))
             return False
-        heat = heat_map(weights, grid, fit, size, top=self.top, even=even, smooth=self.smooth)
-        page.picture(x, y, *size, Image.fromarray(_colour(heat)))
+        page.picture(x, y, *size, self.heat(size, word.attention))
         return False
+
+    def heat(self, size: tuple[int, int], attention: np.ndarray) -> Image.Image:
+        """Return one word's heat in this view's frame as an RGBA picture."""
+        weights = _frames(self.caption, attention)[self.frame]
+        return Image.fromarray(
+            _colour(
+                heat_map(
+                    weights,
+                    self.caption.grid,
+                    self.caption.fit,
+                    size,
+                    top=self.top,
+                    even=1 / attention.size,
+                    smooth=self.smooth,
+                )
+            )
+        )
 
     def _say_so(self, page: _Page, x: float, y: float, size: tuple[int, int]) -> bool:
         width, height = size
@@ -960,14 +993,7 @@ def _moment(view: _View, current: int, width: int) -> _Page:
     word = caption.words[current] if current >= 0 else None
     view.draw(page, (width - size[0]) // 2, 0, size, word)
     big, small = 21 * unit, 13 * unit
-    y = size[1] + 10 * unit
-    for line in _wrap([_clean(w.text) for w in caption.words], big, width - 2 * pad):
-        y += big * 1.4
-        for index, x, piece in line:
-            if index == current:
-                wide = _measure(piece, big)
-                page.box(pad + x - 4 * unit, y - big, wide + 8 * unit, big * 1.34, _PILL, radius=5 * unit)
-            page.text(pad + x, y, piece, big, _INK if current < 0 or index <= current else _FAINT)
+    y = _sentence(page, caption, current, pad, size[1] + 10 * unit, big, unit)
     y += 28 * unit
     if word is None:
         below = _standing(caption, view.frame)
@@ -980,6 +1006,20 @@ def _moment(view: _View, current: int, width: int) -> _Page:
     y += view.legend(page, pad, y, width - 2 * pad, unit)
     page.height = math.ceil(y + 8 * unit)
     return page
+
+
+def _sentence(
+    page: _Page, caption: Caption, current: int, pad: float, y: float, big: float, unit: float
+) -> float:
+    """Write the caption downwards from ``y`` with one word marked; return its last line's baseline."""
+    for line in _wrap([_clean(w.text) for w in caption.words], big, page.width - 2 * pad):
+        y += big * 1.4
+        for index, x, piece in line:
+            if index == current:
+                wide = _measure(piece, big)
+                page.box(pad + x - 4 * unit, y - big, wide + 8 * unit, big * 1.34, _PILL, radius=5 * unit)
+            page.text(pad + x, y, piece, big, _INK if current < 0 or index <= current else _FAINT)
+    return y
 
 
 def figure(
