@@ -4,8 +4,7 @@ Both clips are joined from copies of one that comes with gradio, without encodin
 Memory: each is a process of its own that samples frames; bar: at most 1.10 times as much for the hour. Speed:
 `captioner.video.frames` against a loop of OpenCV's ``grab()`` that converts the same number of frames, at two
 sampling intervals, in seconds of processor time, which other programs disturb little; bar: at least 0.90 of
-its rate. Besides, what a seek, a checked duration and shot
-boundaries cost.
+its rate. Besides, what a seek, a checked duration and shot boundaries cost.
 """
 
 from __future__ import annotations
