@@ -1,4 +1,4 @@
-"""captioner: image captioning that shows where it looks.
+"""captioner: image and video captioning that shows where it looks.
 
 >>> from captioner import Captioner
 >>> captioner = Captioner.load()
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from captioner._version import __version__
 
 if TYPE_CHECKING:
-    from captioner.caption import Alternative, Caption, Word
+    from captioner.caption import Alternative, Caption, Segment, VideoCaption, Word
     from captioner.captioner import Captioner
     from captioner.checkpoint import CheckpointError
     from captioner.encoder import EncoderError, GridFeatures
     from captioner.images import ImageError
+    from captioner.video import VideoError
 
 __all__ = [
     "Alternative",
@@ -25,6 +26,9 @@ __all__ = [
     "EncoderError",
     "GridFeatures",
     "ImageError",
+    "Segment",
+    "VideoCaption",
+    "VideoError",
     "Word",
     "__version__",
 ]
@@ -38,6 +42,9 @@ _HOMES = {
     "EncoderError": "encoder",
     "GridFeatures": "encoder",
     "ImageError": "images",
+    "Segment": "caption",
+    "VideoCaption": "caption",
+    "VideoError": "video",
     "Word": "caption",
 }
 

@@ -236,11 +236,13 @@ class VideoCaption:
 
     Attributes:
         segments: in order of time.
-        duration: seconds from the first frame to the end of the last.
+        duration: seconds from the clip's first frame to the end of the last that was read.
+        error: why it was not read to its end; None if it was.
     """
 
     segments: tuple[Segment, ...]
     duration: float
+    error: str | None = None
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.segments))
@@ -270,6 +272,7 @@ class VideoCaption:
             "confidence": _rounded(self.confidence),
             "duration": round(float(self.duration), 3),
             "segments": [segment.to_dict(attention=attention) for segment in self.segments],
+            "error": self.error,
         }
 
     def overlay(

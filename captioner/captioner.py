@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 
 from captioner import checkpoint
 from captioner.calibration import Calibration, caption_features, plain_confidence, word_ranks
-from captioner.caption import Alternative, Caption, Word, join_words
+from captioner.caption import Alternative, Caption, Segment, VideoCaption, Word, join_words
 from captioner.checkpoint import Header
-from captioner.encoder import GridFeatures, encode, region_shares
+from captioner.encoder import GridFeatures, encode, join_frames, region_shares
 from captioner.images import Fit, load
 from captioner.model import CaptionModel
 from captioner.naming import write
@@ -32,13 +32,14 @@ Image = Any
 
 
 class Captioner:
-    """Looks at photos and says what it sees. Safe to call from several threads.
+    """Looks at photos and clips and says what it sees. Safe to call from several threads.
 
     >>> from captioner import Captioner
     >>> captioner = Captioner.load()
     >>> caption = captioner.caption("photo.jpg")  # doctest: +SKIP
     >>> print(caption.text, caption.confidence)  # doctest: +SKIP
     >>> caption.overlay("photo.jpg").save("where.png")  # doctest: +SKIP
+    >>> print(captioner.caption_video("clip.mp4"))  # doctest: +SKIP
     """
 
     def __init__(
@@ -134,6 +135,21 @@ class Captioner:
         if one or not isinstance(images, Iterable) or (isinstance(images, np.ndarray) and images.ndim < 4):
             raise ValueError("give a list of pictures, [picture] if it is only one")
         return self.encode_pixels([load(image, self.model.encoder.preprocess) for image in images])
+
+    def encode_frames(self, images: Iterable[Image], times: Sequence[float] | None = None) -> GridFeatures:
+        """Look at the frames of one clip: ``(1, F, R, D)``, which `caption` takes for one picture.
+
+        Args:
+            images: pictures of one size.
+            times: in seconds, one for each; None for 0, 1, 2, …
+
+        Raises:
+            ImageError: if one of the pictures cannot be read.
+            ValueError: if there are none, or not as many times.
+        """
+        found = self.encode_batch(images)
+        moments = list(range(len(found))) if times is None else times
+        return join_frames([found[i] for i in range(len(found))], moments)
 
     @torch.inference_mode()
     def encode_pixels(self, loaded: Sequence[tuple[np.ndarray, Fit]]) -> GridFeatures:
@@ -240,6 +256,99 @@ class Captioner:
             captions.append(replace(ranked[0], n_best=tuple(ranked)) if chosen.n_best > 1 else ranked[0])
         return captions
 
+    def caption_video(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        every: float = 0.5,
+        segment: float | None = 5.0,
+        shots: bool = False,
+        start: float = 0.0,
+        end: float | None = None,
+        progress: Callable[[float], None] | None = None,
+        **options: Any,
+    ) -> VideoCaption:
+        """Caption a clip, segment by segment; neighbours that say the same are one.
+
+        Of a clip that breaks off, what was captioned is returned with the reason in ``error``.
+
+        Args:
+            path: of a video, an animation or a picture; OpenCV reads videos (``captioner[video]``).
+            every: seconds between the frames that are looked at.
+            segment: seconds of a segment; a rest of less than a quarter belongs to the last. None for the whole
+                clip, or whole shots.
+            shots: cut where the picture changes at once (``captioner[shots]``), and longer shots into segments.
+            start, end: the part of the clip that is captioned, in seconds.
+            progress: called with the seconds of the clip that have been read.
+            options: see `caption`; a region is in pixels of the frames, and holds for all of them.
+
+        Raises:
+            ValueError: a number or an option is impossible.
+            VideoError: nothing of the clip can be read, or a package is missing.
+        """
+        from captioner.video import VideoError
+
+        segments: list[Segment] = []
+        error = None
+        try:
+            segments.extend(
+                self.caption_segments(
+                    path,
+                    every=every,
+                    segment=segment,
+                    shots=shots,
+                    start=start,
+                    end=end,
+                    progress=progress,
+                    **options,
+                )
+            )
+        except VideoError as problem:
+            if not segments:
+                raise
+            error = str(problem)
+        return VideoCaption(tuple(segments), segments[-1].end if segments else 0.0, error)
+
+    def caption_segments(self, path: str | os.PathLike[str], **options: Any) -> Iterator[Segment]:
+        """Do `caption_video` and give out the segments as they come; a clip that breaks off raises at its end.
+
+        Raises:
+            ValueError, VideoError: as `caption_video`.
+        """
+        from captioner.clips import caption_segments
+
+        return caption_segments(self, path, **options)
+
+    def caption_live(
+        self,
+        source: int | str,
+        *,
+        every: float = 0.5,
+        window: float = 4.0,
+        stall_seconds: float = 10.0,
+        **options: Any,
+    ) -> Generator[Segment, None, None]:
+        """Caption a camera or a stream while it runs, over a window of past frames, until it ends.
+
+        Frames that arrive while one is captioned are dropped: the captions never lag behind.
+
+        Args:
+            source: a camera's number, a device, an address of a stream; see `captioner.video.live`.
+            every: least seconds between two captions.
+            window: seconds of the past that each caption is about.
+            stall_seconds: how long the source may be silent.
+            options: see `caption`.
+
+        Raises:
+            ValueError: a number or an option is impossible, or the model reads frames from the end.
+            VideoError: the source cannot be opened, has no frames, or stalls.
+        """
+        from captioner.clips import caption_live
+
+        return caption_live(
+            self, source, every=every, window=window, stall_seconds=stall_seconds, **options
+        )
+
     def options(self, **options: Any) -> SearchOptions:
         """Return the model's search options with some of them replaced.
 
@@ -317,7 +426,7 @@ class Captioner:
         guesses: tuple[Alternative, ...],
     ) -> Caption:
         """Turn tokens into words: probabilities multiply, attention and gate are averaged."""
-        frames = features.data.shape[1]
+        attention = self._over_frames(hypothesis, features.mask[item])
         probabilities = np.exp(hypothesis.token_log_probabilities.astype(np.float64))
         words = []
         for text, positions in self._words(hypothesis, prefix):
@@ -342,9 +451,7 @@ class Captioner:
                         )
                         if token not in (PAD, START, UNKNOWN)
                     ),
-                    attention=None
-                    if hypothesis.attention is None
-                    else hypothesis.attention[positions].mean(0).reshape(frames, -1),
+                    attention=None if attention is None else attention[positions].mean(0),
                     gate=None if hypothesis.gates is None else float(hypothesis.gates[positions].mean()),
                     given=given,
                     word_attention=None
@@ -373,6 +480,18 @@ class Captioner:
             times=features.times[item].cpu().numpy().astype(np.float32),
             guesses=guesses,
         )
+
+    def _over_frames(self, hypothesis: Hypothesis, mask: torch.Tensor) -> np.ndarray | None:
+        """Return attention ``(T, F, R)``; of cells that were averaged over time, each frame's share."""
+        weights = hypothesis.attention
+        if weights is None:
+            return None
+        frames, cells = mask.shape
+        if weights.shape[-1] == frames * cells:
+            return weights.reshape(-1, frames, cells)
+        seen = mask.float().cpu().numpy()
+        shares = seen / np.maximum(seen.sum(0), 1e-9)
+        return weights[:, None] * shares
 
     def _words(self, hypothesis: Hypothesis, prefix: str) -> list[tuple[str, list[int]]]:
         """Group tokens into words; the prefix is not grown by what follows, and its unknown words return."""

@@ -23,6 +23,7 @@ from captioner import tokenizer as tokenizers
 from captioner.calibration import Calibration
 from captioner.decoder import DecoderConfig
 from captioner.encoder import Encoder, EncoderError
+from captioner.frame_encoder import FrameConfig
 from captioner.images import Preprocess
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
@@ -49,6 +50,7 @@ class Header:
         calibration: the numbers of a `captioner.calibration.Calibration`; None if it was never fitted.
         search: default search options by name.
         summary: of the training: data, their terms, scores; free-form, for people.
+        frames: shape of the frame encoder; None for none, and then the file does not mention it.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Header:
     calibration: dict[str, Any] | None = None
     search: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    frames: FrameConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for JSON."""
@@ -72,6 +75,7 @@ class Header:
             "calibration": self.calibration,
             "search": self.search,
             "summary": self.summary,
+            **({} if self.frames is None else {"frames": self.frames.to_dict()}),
         }
 
 
@@ -170,7 +174,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     try:
         with torch.device("meta"), _Uninitialised():  # the weights are replaced at once
             encoder = Encoder(header.encoder, preprocess=header.preprocess)
-            model = CaptionModel(encoder, header.decoder, tokenizer)
+            model = CaptionModel(encoder, header.decoder, tokenizer, header.frames)
     except EncoderError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (RuntimeError, TypeError) as error:  # widths beyond what torch can count
@@ -289,6 +293,9 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
         for key, kinds in _HEADER.items():
             if not isinstance(data[key], kinds):
                 raise ValueError(f"{key} is of the wrong type: {data[key]!r:.80}")
+        frames = data.pop("frames", None)
+        if not isinstance(frames, (dict, type(None))):
+            raise ValueError(f"frames is of the wrong type: {frames!r:.80}")
         if data.keys() - _HEADER.keys():
             raise ValueError(f"unknown key {min(data.keys() - _HEADER.keys())!r}")
         SearchOptions(**data["search"]).check()
@@ -301,6 +308,7 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
             calibration=data["calibration"],
             search=data["search"],
             summary=data["summary"],
+            frames=None if frames is None else FrameConfig.from_dict(frames),
         )
     except CheckpointError:
         raise

@@ -2,7 +2,10 @@
 
 Soft attention with the gate on the context vector and the deep output layer of Show, Attend and Tell
 (Xu et al. 2015, https://arxiv.org/abs/1502.03044). Shapes: N rows (pictures times captions or beams),
-C = F * R cells, E' projected cell width, H hidden width, M embedding width, V vocabulary.
+C = F * R cells, E' projected cell width, H hidden width, M embedding width, V vocabulary. Over the frames of a
+clip, attention is joint (a softmax over all cells of all frames), factorised (over frames, times over the
+cells within each; the temporal attention of Yao et al. 2015, https://arxiv.org/abs/1502.08029, on top of the
+spatial one), or there is none: cells are averaged over time. For one frame the three are the same.
 """
 
 from __future__ import annotations
@@ -14,11 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captioner.attention import ATTENTIONS, AdditiveAttention, masked_mean
+from captioner.attention import (
+    ATTENTIONS,
+    AdditiveAttention,
+    factorised_softmax,
+    frame_log_masks,
+    masked_mean,
+    masked_softmax,
+    mean_over_frames,
+)
 from captioner.shared import SharedMatrices
 from captioner.words import WordGuesser
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+OVER_FRAMES = ("joint", "factorised", "mean")
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class DecoderConfig:
         word_dropout: probability that a guess is left out in training, so that none is trusted blindly.
         copying: a word can be copied from the word memory, past the output layer (See et al. 2017).
         styles: how many ways of writing are told apart in training beside the one that the model speaks.
+        frames: one of `OVER_FRAMES`: how several frames are attended to.
+        frame_attention_width: width of keys and queries of the factorised attention over frames.
     """
 
     cell: str = "lstm"
@@ -62,6 +76,8 @@ class DecoderConfig:
     word_dropout: float = 0.0
     copying: bool = False
     styles: int = 0
+    frames: str = "joint"
+    frame_attention_width: int = 128
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -78,6 +94,10 @@ class DecoderConfig:
             raise ValueError(
                 f"decoder.attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}"
             )
+        if self.frames not in OVER_FRAMES:
+            raise ValueError(f"decoder.frames must be one of {', '.join(OVER_FRAMES)}, not {self.frames!r}")
+        if self.frames == "factorised" and self.attention == "none":
+            raise ValueError("decoder.frames: factorised needs an attention within each frame")
         for name in ("dropout", "word_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"decoder.{name} must be in [0, 1), not {getattr(self, name)}")
@@ -107,6 +127,7 @@ class Memory(NamedTuple):
     cells ``(N, C, E')``, keys ``(N, C, A)`` or None without attention, mask ``(N, C)``. The word memory, or
     None: words ``(N, 1 + W, M)``, the first of which says that no guess is meant, their keys
     ``(N, 1 + W, A')``, their mask ``(N, 1 + W)``, the probability of each guess, and the ids ``(N, W)``.
+    frame_keys ``(N, F, A'')`` with factorised attention, else None. Cells that were averaged over time are R.
     """
 
     cells: Tensor
@@ -116,6 +137,7 @@ class Memory(NamedTuple):
     word_keys: Tensor | None = None
     word_mask: Tensor | None = None
     word_tokens: Tensor | None = None
+    frame_keys: Tensor | None = None
 
     def select(self, rows: Tensor) -> Memory:
         """Return the memory of the given rows, in that order; a row may repeat."""
@@ -273,8 +295,13 @@ def advance(
 class Decoder(nn.Module):
     """Writes a caption one token at a time while it looks at the cells."""
 
-    def __init__(self, config: DecoderConfig, feature_width: int, vocabulary: int) -> None:
-        """Build it for features of width D and a vocabulary of V tokens."""
+    def __init__(
+        self, config: DecoderConfig, feature_width: int, vocabulary: int, guess_width: int | None = None
+    ) -> None:
+        """Build it for features of width D' and a vocabulary of V tokens.
+
+        ``guess_width`` is the width D of what words are guessed from, if it is another.
+        """
         super().__init__()
         self.config = config
         attention = ATTENTIONS[config.attention]
@@ -285,6 +312,12 @@ class Decoder(nn.Module):
         context = config.cells if attention else 0
         self.cell = RecurrentCell(config.cell, config.embedding + context, config.hidden, config.layer_norm)
         self.initial = nn.Linear(config.cells, self.cell.states * config.hidden)
+        self.frame_attention: AdditiveAttention | None = None
+        if config.frames == "factorised":
+            self.frame_attention = AdditiveAttention(
+                config.cells, config.hidden, config.frame_attention_width
+            )
+            nn.init.zeros_(self.frame_attention.energy.weight)  # all frames alike at first
         self.gate = nn.Linear(config.hidden, 1) if config.gate and attention else None
         self.output_state = nn.Linear(config.hidden, config.embedding)
         deep = config.deep_output and attention is not None
@@ -298,7 +331,7 @@ class Decoder(nn.Module):
         self.guesser: WordGuesser | None = None
         if config.words:
             width = config.embedding
-            self.guesser = WordGuesser(feature_width, config.concepts)
+            self.guesser = WordGuesser(guess_width or feature_width, config.concepts)
             self.nothing = nn.Parameter(torch.zeros(width))
             self.sure = nn.Parameter(torch.zeros(width))
             self.word_attention = AdditiveAttention(width, config.hidden, config.word_attention_width)
@@ -312,13 +345,39 @@ class Decoder(nn.Module):
         if self.copy is not None:
             nn.init.constant_(self.copy.bias, -2.0)  # seldom at first
 
-    def memory(self, features: Tensor, mask: Tensor) -> Memory:
-        """Project grid features ``(N, C, D)`` with their mask ``(N, C)``, once for each picture."""
+    def memory(self, features: Tensor, mask: Tensor, guess_from: Tensor | None = None) -> Memory:
+        """Project grid features, once for each picture or clip.
+
+        Args:
+            features: ``(N, C, D')`` of photos, or ``(N, F, R, D')`` of clips.
+            mask: the same without D'.
+            guess_from: ``(N, F, R, D)``, features that words are guessed from, if they are others.
+        """
+        if features.dim() == 3:
+            features, mask = features[:, None], mask[:, None]
+        guesses = None
+        if self.guesser is not None:
+            seen = features if guess_from is None else guess_from
+            guesses = self._remember(self.guess(seen.flatten(1, 2), mask.flatten(1, 2)))
+        if self.config.frames == "mean" and mask.shape[1] > 1:
+            pooled, mask = mean_over_frames(features, mask)
+            features, mask = pooled[:, None], mask[:, None]
         cells = self.dropout(torch.relu(self.project(features)))
+        frame_keys = None
+        if self.frame_attention is not None:
+            seen = mask.flatten(0, 1)
+            counts = seen.amax(-1, keepdim=True) > 0
+            means = masked_mean(cells.flatten(0, 1), torch.where(counts, seen, 1.0))
+            frame_keys = self.frame_attention.prepare(means.unflatten(0, mask.shape[:2]))
+        cells, mask = cells.flatten(1, 2), mask.flatten(1, 2)
         keys = self.attention.prepare(cells) if self.attention else None
-        if self.guesser is None:
-            return Memory(cells, keys, mask)
-        return Memory(cells, keys, mask, *self._remember(self.guess(features, mask)))
+        memory = Memory(cells, keys, mask, frame_keys=frame_keys)
+        if guesses is None:
+            return memory
+        words, word_keys, word_mask, word_tokens = guesses
+        return memory._replace(
+            words=words, word_keys=word_keys, word_mask=word_mask, word_tokens=word_tokens
+        )
 
     def guess(self, features: Tensor, mask: Tensor) -> Tensor:
         """Return the logits ``(N, K)`` of the words that features ``(N, C, D)`` bring to mind."""
@@ -363,7 +422,16 @@ class Decoder(nn.Module):
             named = torch.bmm(word_weights, memory.words).flatten(0, 1)
             read = embedded + self.input_words(named)
         if self.attention is not None:
-            weights = self.attention(state[:, 0], memory.keys, memory.mask)
+            assert memory.keys is not None
+            energies = self.attention.energies(state[:, 0], memory.keys)
+            if self.frame_attention is None:
+                weights = masked_softmax(energies, memory.mask)
+            else:
+                assert memory.frame_keys is not None
+                frames = memory.frame_keys.shape[1]
+                masks = frame_log_masks(memory.mask.unflatten(1, (frames, -1))[:, None])
+                over = self.frame_attention.energies(state[:, 0], memory.frame_keys)
+                weights = factorised_softmax(energies, over, *masks)
             context = torch.bmm(weights, memory.cells).flatten(0, 1)
             if self.gate is not None:
                 gate = torch.sigmoid(self.gate(state[:, 0]))
@@ -429,8 +497,13 @@ class Decoder(nn.Module):
             named = unrolled.words.multiply(word_weights)
             from_words = torch.addmm(from_words, named, unrolled.named_map)
         if self.attention is not None:
-            energies = unrolled.energies(self.attention.query(hidden))
-            weights = torch.softmax(energies + unrolled.log_mask[: len(state)], dim=-1)
+            energies, n = unrolled.energies(self.attention.query(hidden)), len(state)
+            if self.frame_attention is None:
+                weights = torch.softmax(energies + unrolled.log_mask[:n], dim=-1)
+            else:
+                over = unrolled.frame_energies(self.frame_attention.query(hidden))
+                masks = (unrolled.log_mask[:n], unrolled.frame_log_mask[:n])
+                weights = factorised_softmax(energies, over, *masks)
             context = unrolled.cells.multiply(weights)
             if self.gate is not None:
                 gate = torch.sigmoid(self.gate(hidden))
@@ -482,6 +555,11 @@ class Unrolled:
             self.cells = SharedMatrices(memory.cells)
             self.energies = decoder.attention.share(memory.keys)
             self.log_mask = memory.mask.log()
+        if decoder.frame_attention is not None:
+            assert memory.frame_keys is not None
+            self.frame_energies = decoder.frame_attention.share(memory.frame_keys)
+            frames = memory.frame_keys.shape[1]
+            self.log_mask, self.frame_log_mask = frame_log_masks(memory.mask.unflatten(1, (frames, -1)))
         self.words = None
         if memory.words is not None:
             assert memory.word_keys is not None

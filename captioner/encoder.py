@@ -115,6 +115,24 @@ def concatenate(items: Sequence[GridFeatures]) -> GridFeatures:
     )
 
 
+def join_frames(frames: Sequence[GridFeatures], times: Sequence[float]) -> GridFeatures:
+    """Make one clip ``(1, F, R, D)`` of the features of F pictures; it counts as fitted as the first was.
+
+    Raises:
+        ValueError: if the grids or widths differ, or there are not as many times as pictures.
+    """
+    joined = concatenate(frames)
+    if len(times) != len(joined) or joined.data.shape[1] != 1:
+        raise ValueError(f"{len(times)} times do not fit {len(joined)} pictures of one frame each")
+    return replace(
+        joined,
+        data=joined.data.transpose(0, 1),
+        mask=joined.mask.transpose(0, 1),
+        times=torch.tensor([list(times)], dtype=torch.float32, device=joined.times.device),
+        fits=joined.fits[:1],
+    )
+
+
 def cell_boxes(grid: tuple[int, int], fit: Fit) -> list[tuple[float, float, float, float]]:
     """Return each cell's ``(left, top, right, bottom)`` in photo pixels, row by row."""
     rows, columns = grid

@@ -1,4 +1,4 @@
-"""CaptionModel: encoder, decoder and tokenizer put together; the teacher-forced ``forward()``."""
+"""CaptionModel: encoders, decoder and tokenizer put together; the teacher-forced ``forward()``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captioner.decoder import Decoder, DecoderConfig, Memory, Unrolled, UnrolledStep
 from captioner.encoder import Encoder, GridFeatures, encode
+from captioner.frame_encoder import FrameConfig, FrameEncoder
 from captioner.images import Fit
 from captioner.tokenizer import Tokenizer
 from captioner.words import Guesses
@@ -35,13 +36,23 @@ class TeacherForced:
 
 
 class CaptionModel(nn.Module):
-    """A CNN encoder and a recurrent decoder that share nothing but grid features."""
+    """A CNN encoder, perhaps a frame encoder, and a recurrent decoder that share nothing but grid features."""
 
-    def __init__(self, encoder: Encoder, config: DecoderConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: DecoderConfig,
+        tokenizer: Tokenizer,
+        frames: FrameConfig | None = None,
+    ) -> None:
+        """Put the parts together; ``frames`` is the shape of the frame encoder, None for none."""
         super().__init__()
         self.encoder = encoder
         self.tokenizer = tokenizer
-        self.decoder = Decoder(config, encoder.width, len(tokenizer))
+        active = frames is not None and frames.active
+        self.frame_encoder = FrameEncoder(frames, encoder.width) if frames is not None and active else None
+        width = encoder.width if self.frame_encoder is None else self.frame_encoder.width
+        self.decoder = Decoder(config, width, len(tokenizer), encoder.width)
 
     @property
     def device(self) -> torch.device:
@@ -52,9 +63,20 @@ class CaptionModel(nn.Module):
         """Turn uint8 pictures ``(B, 3, S, S)`` into grid features ``(B, 1, R, D)``."""
         return encode(self.encoder, pixels, fits)
 
+    @property
+    def live(self) -> bool:
+        """Whether frames are read in the light of the past alone, so that a stream can be captioned."""
+        return self.frame_encoder is None or self.frame_encoder.config.live
+
     def memory(self, features: GridFeatures) -> Memory:
-        """Project the features for the decoder; frames and cells become one axis ``C = F * R``."""
-        return self.decoder.memory(features.data.flatten(1, 2), features.mask.flatten(1, 2))
+        """Read the features over time and project them for the decoder, once for each picture or clip."""
+        return self.look(features.data, features.mask)
+
+    def look(self, data: Tensor, mask: Tensor) -> Memory:
+        """Do `memory` with features ``(N, F, R, D)`` and mask ``(N, F, R)``; padding has a mask of 0."""
+        if self.frame_encoder is None:
+            return self.decoder.memory(data, mask)
+        return self.decoder.memory(self.frame_encoder(data, mask), mask, guess_from=data)
 
     def guesses(self, features: GridFeatures) -> Guesses | None:
         """Return the words that the decoder attends to, W of each picture; None without a word memory."""

@@ -96,9 +96,10 @@ def is_video(path: VideoPath) -> bool:
             head = stream.read(_HEAD)
             kind = _sniff(head)
             if images._kind(head) is not None:
+                if kind not in _ANIMATED or (kind == "webp" and not _webp_may_move(head)):
+                    return False
                 stream.seek(0)
-                image = images._identify(stream, suffix, name) if kind in _ANIMATED else None
-                return bool(getattr(image, "is_animated", False))
+                return bool(getattr(images._identify(stream, suffix, name), "is_animated", False))
     except Exception:  # missing, or damaged in whatever way: the reader says so
         return suffix in VIDEO_SUFFIXES
     return suffix in VIDEO_SUFFIXES if kind is None or kind in _NO_VIDEO else True
@@ -111,6 +112,7 @@ def frames(
     end: float | None = None,
     *,
     watch: Watcher | None = None,
+    passed: Callable[[float], None] | None = None,
 ) -> Generator[Frame, None, None]:
     """Give out frames of a video file, an animation or a picture, one at a time, by their timestamps.
 
@@ -133,6 +135,8 @@ def frames(
         end: seconds; frames at or after it are left out. None means to the end.
         watch: called for every frame from ``start`` to ``end``, in order, whether it is taken or not, before
             it is given out. Costs the conversion of all frames.
+        passed: called with the time in seconds at which each frame ends, before it is given out; the last of
+            these is where the clip ends. Costs nothing.
 
     Raises:
         ValueError: a number is impossible.
@@ -142,7 +146,7 @@ def frames(
     if not (math.isfinite(every) and every >= 0):
         raise ValueError(f"every must be 0 or more seconds, found {every}")
     _check_span(start, end)
-    return _frames(path, every, start, end, watch)
+    return _frames(path, every, start, end, watch, passed)
 
 
 def probe(path: VideoPath) -> Facts:
@@ -321,7 +325,12 @@ _NEVER = 1e9
 
 
 def _frames(
-    path: VideoPath, every: float, start: float, end: float | None, watch: Watcher | None
+    path: VideoPath,
+    every: float,
+    start: float,
+    end: float | None,
+    watch: Watcher | None,
+    passed: Callable[[float], None] | None = None,
 ) -> Generator[Frame, None, None]:
     with contextlib.closing(_open_at(path, start)) as source:
         clock = _Clock(source.step)
@@ -330,6 +339,8 @@ def _frames(
             now = clock.true(moment)
             if end is not None and now >= end:
                 return
+            if passed is not None:
+                passed(now + source.step)
             taken = now >= due - _TOLERANCE
             if not taken and (watch is None or now < start - _TOLERANCE):
                 continue
@@ -766,6 +777,11 @@ def _sniff(head: bytes) -> str | None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (not _CONTROL.search(head) and _is_utf8(head)):
         return "text"
     return None
+
+
+def _webp_may_move(head: bytes) -> bool:
+    """Return whether a WebP file says that it is an animation; Pillow reads all of it to find out."""
+    return head[12:16] == b"VP8X" and bool(head[20:21] and head[20] & 2)
 
 
 _MAGIC = {
