@@ -52,7 +52,7 @@ def factorised_softmax(
 
 
 def frame_log_masks(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logarithms of a mask ``(…, F, R)``: within each frame, same shape, and of whole frames ``(…, F)``.
+    """Return logarithms of a mask ``(…, F, R)``: within each frame, the same shape, and of frames ``(…, F)``.
 
     A frame counts if any of it may be seen, else not at all.
     """

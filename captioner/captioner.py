@@ -275,9 +275,9 @@ class Captioner:
         Args:
             path: of a video, an animation or a picture; OpenCV reads videos (``captioner[video]``).
             every: seconds between the frames that are looked at.
-            segment: seconds of a segment; a rest of less than a quarter belongs to the last. None for the whole
-                clip, or whole shots.
-            shots: cut where the picture changes at once (``captioner[shots]``), and longer shots into segments.
+            segment: seconds of a segment; a rest of less than a quarter belongs to the last. None for the
+                whole clip, or whole shots.
+            shots: cut where the picture changes at once (``captioner[shots]``), and longer shots as well.
             start, end: the part of the clip that is captioned, in seconds.
             progress: called with the seconds of the clip that have been read.
             options: see `caption`; a region is in pixels of the frames, and holds for all of them.
@@ -310,7 +310,7 @@ class Captioner:
         return VideoCaption(tuple(segments), segments[-1].end if segments else 0.0, error)
 
     def caption_segments(self, path: str | os.PathLike[str], **options: Any) -> Iterator[Segment]:
-        """Do `caption_video` and give out the segments as they come; a clip that breaks off raises at its end.
+        """Do `caption_video` and give out segments as they come; a clip that breaks off raises at its end.
 
         Raises:
             ValueError, VideoError: as `caption_video`.
@@ -345,9 +345,7 @@ class Captioner:
         """
         from captioner.clips import caption_live
 
-        return caption_live(
-            self, source, every=every, window=window, stall_seconds=stall_seconds, **options
-        )
+        return caption_live(self, source, every=every, window=window, stall_seconds=stall_seconds, **options)
 
     def options(self, **options: Any) -> SearchOptions:
         """Return the model's search options with some of them replaced.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from captioner.batch import ahead
 from captioner.caption import Caption, Segment
 from captioner.encoder import GridFeatures, join_frames
-from captioner.images import Fit, load
+from captioner.images import load
 from captioner.subtitles import merge
 from captioner.video import Frame, Shots, VideoError, VideoPath, frames, live
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from captioner.captioner import Captioner
 
 MOST_FRAMES = 64
-"""A segment is captioned from at most so many frames; of a longer one, every second is left out, again and again."""
+"""A segment is captioned from at most so many frames; of longer ones every second is left out, repeatedly."""
 
 _PART = 8
 """Frames that are encoded together: what a core does best."""
@@ -77,13 +77,11 @@ def caption_segments(
     return _joined(_segments(captioner, reader, segment, say))
 
 
-def _segments(
-    captioner: Captioner, reader: _Reader, segment: float | None, say: Say
-) -> Iterator[Segment]:
-    def encode(part: list[_Seen]) -> list[tuple[_Seen, GridFeatures]]:
+def _segments(captioner: Captioner, reader: _Reader, segment: float | None, say: Say) -> Iterator[Segment]:
+    def encode(part: list[tuple[_Seen, np.ndarray]]) -> list[tuple[_Seen, GridFeatures]]:
         preprocess = captioner.model.encoder.preprocess
-        features = captioner.encode_pixels([load(seen.image, preprocess) for seen in part])
-        return [(replace(seen, image=None), features[i]) for i, seen in enumerate(part)]
+        features = captioner.encode_pixels([load(image, preprocess) for _, image in part])
+        return [(seen, features[i]) for i, (seen, _) in enumerate(part)]
 
     def tell(stretch: _Stretch) -> Segment:
         return Segment(stretch.start, stretch.end, say(stretch.features()))
@@ -102,12 +100,11 @@ def _segments(
         raise reader.error
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Seen:
-    """A frame and what it belongs to: the time at which its stretch begins, and whether a shot begins there."""
+    """A frame, the time at which the stretch that it belongs to begins, and whether a shot begins there."""
 
     time: float
-    image: np.ndarray | None
     begins: float
     cut: bool
 
@@ -142,11 +139,11 @@ class _Reader:
         if self._progress is not None:
             self._progress(self.finish)
 
-    def __iter__(self) -> Iterator[list[_Seen]]:
-        part: list[_Seen] = []
+    def __iter__(self) -> Iterator[list[tuple[_Seen, np.ndarray]]]:
+        part: list[tuple[_Seen, np.ndarray]] = []
         try:
             for frame in self._frames:
-                part.append(self._place(frame))
+                part.append((self._place(frame.time), frame.image))
                 if len(part) == _PART:
                     yield part
                     part = []
@@ -155,14 +152,14 @@ class _Reader:
         if part:
             yield part
 
-    def _place(self, frame: Frame) -> _Seen:
+    def _place(self, time: float) -> _Seen:
         first, cut = self._start, False
         if self._shots is not None and len(self._shots.starts) > 1:
             first, cut = self._shots.starts[-1], True
         if self._segment is None:
-            return _Seen(frame.time, frame.image, first, cut)
-        number = max(0, math.floor((frame.time - first) / self._segment + 1e-9))
-        return _Seen(frame.time, frame.image, first + number * self._segment, cut and number == 0)
+            return _Seen(time, first, cut)
+        number = max(0, math.floor((time - first) / self._segment + 1e-9))
+        return _Seen(time, first + number * self._segment, cut and number == 0)
 
 
 @dataclass(eq=False)
@@ -270,8 +267,8 @@ class Rolling:
             raise ValueError(f"window must be more than 0 seconds, found {window}")
         if not captioner.model.live:
             raise ValueError(
-                f"the model {captioner.header.name!r} reads frames in both directions and needs the whole clip: "
-                "live captioning needs one with a forward frame encoder, or with none"
+                f"the model {captioner.header.name!r} reads frames in both directions, which takes the whole "
+                "clip: for live captioning take one with a forward frame encoder, or with none"
             )
         captioner.check(**{k: v for k, v in options.items() if k not in ("prefix", "region", "seed")})
         self._captioner, self._window, self._options = captioner, window, options

@@ -2,10 +2,10 @@
 
 Soft attention with the gate on the context vector and the deep output layer of Show, Attend and Tell
 (Xu et al. 2015, https://arxiv.org/abs/1502.03044). Shapes: N rows (pictures times captions or beams),
-C = F * R cells, E' projected cell width, H hidden width, M embedding width, V vocabulary. Over the frames of a
-clip, attention is joint (a softmax over all cells of all frames), factorised (over frames, times over the
-cells within each; the temporal attention of Yao et al. 2015, https://arxiv.org/abs/1502.08029, on top of the
-spatial one), or there is none: cells are averaged over time. For one frame the three are the same.
+C = F * R cells, E' projected cell width, H hidden width, M embedding width, V vocabulary. Over the frames of
+a clip, attention is joint (a softmax over all cells of all frames), factorised (over frames, as in Yao et al.
+2015, https://arxiv.org/abs/1502.08029, times over the cells within each), or there is none over time: cells
+are averaged. For one frame the three are the same.
 """
 
 from __future__ import annotations
@@ -375,9 +375,7 @@ class Decoder(nn.Module):
         if guesses is None:
             return memory
         words, word_keys, word_mask, word_tokens = guesses
-        return memory._replace(
-            words=words, word_keys=word_keys, word_mask=word_mask, word_tokens=word_tokens
-        )
+        return memory._replace(words=words, word_keys=word_keys, word_mask=word_mask, word_tokens=word_tokens)
 
     def guess(self, features: Tensor, mask: Tensor) -> Tensor:
         """Return the logits ``(N, K)`` of the words that features ``(N, C, D)`` bring to mind."""

@@ -26,10 +26,10 @@ class FrameConfig:
 
     Attributes:
         cell: one of `FRAME_CELLS`; ``none``: frames are not related to each other.
-        bidirectional: read the frames from the end, too, which needs the whole clip. Without it, a frame knows
-            those before it only, and a live stream can be captioned.
-        over: ``cells``: a state for each cell, over what is seen at that place; ``frames``: one for each frame,
-            over the mean of its cells.
+        bidirectional: read the frames from the end, too, which needs the whole clip. Without it, a frame
+            knows those before it only, and a live stream can be captioned.
+        over: ``cells``: a state for each cell, over what is seen at that place; ``frames``: one for each
+            frame, over the mean of its cells.
         width: H, of the state in one direction.
         positions: learn what it means to be the first, second, … frame, for so many; those that follow count
             as the last. 0: none.
@@ -142,9 +142,7 @@ def _recurrent(config: FrameConfig, inputs: int) -> nn.RNNBase | None:
         return nn.LSTM(inputs, config.width, batch_first=True)
     if config.cell == "gru":
         return nn.GRU(inputs, config.width, batch_first=True)
-    return nn.RNN(
-        inputs, config.width, batch_first=True, nonlinearity=config.cell.removeprefix("rnn_")
-    )
+    return nn.RNN(inputs, config.width, batch_first=True, nonlinearity=config.cell.removeprefix("rnn_"))
 
 
 def _turn(mask: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class TeacherForced:
 
 
 class CaptionModel(nn.Module):
-    """A CNN encoder, perhaps a frame encoder, and a recurrent decoder that share nothing but grid features."""
+    """A CNN encoder, perhaps a frame encoder, and a recurrent decoder that share grid features alone."""
 
     def __init__(
         self,
