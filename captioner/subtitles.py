@@ -38,8 +38,8 @@ def merge(segments: Iterable[Segment], *, gap: float = _TOUCH) -> list[Segment]:
 
     The joined caption has the frames of all parts, and each word's attention is shared among the parts by
     their number of frames, so that it sums to 1 and every cell keeps its weight relative to an even share.
-    Probabilities, scores and gates are means, each part counting by how long it lasts; alternatives are those
-    that all parts name, and further hypotheses are dropped.
+    Probabilities, scores and gates are means, each part counting by how long it lasts; alternatives and guesses
+    are those that all parts name, and further hypotheses are dropped.
 
     Args:
         segments: in order of time.
@@ -77,6 +77,15 @@ def _join(a: Segment, b: Segment) -> Segment:
     def mean(x: float, y: float) -> float:
         return (1 - share) * x + share * y
 
+    places = {guess.text: place for place, guess in enumerate(other.guesses)}
+    shared = [(i, places[guess.text]) for i, guess in enumerate(one.guesses) if guess.text in places]
+
+    def read(x: Word, y: Word) -> np.ndarray | None:
+        if x.word_attention is None or y.word_attention is None:
+            return None
+        weights = [mean(float(x.word_attention[i]), float(y.word_attention[j])) for i, j in shared]
+        return np.array(weights, np.float32)
+
     def word(x: Word, y: Word) -> Word:
         both = None
         if x.attention is not None and y.attention is not None:
@@ -94,6 +103,7 @@ def _join(a: Segment, b: Segment) -> Segment:
             alternatives=tuple(sorted(named, key=lambda alternative: -alternative.probability)),
             attention=both,
             gate=None if x.gate is None or y.gate is None else mean(x.gate, y.gate),
+            word_attention=read(x, y),
         )
 
     caption = replace(
@@ -105,6 +115,10 @@ def _join(a: Segment, b: Segment) -> Segment:
         finished=one.finished and other.finished,
         times=np.concatenate([one.times, other.times]),
         n_best=(),
+        guesses=tuple(
+            Alternative(one.guesses[i].text, mean(one.guesses[i].probability, other.guesses[j].probability))
+            for i, j in shared
+        ),
     )
     return Segment(a.start, b.end, caption)
 

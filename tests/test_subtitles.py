@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -298,6 +299,25 @@ def test_merge_of_many_weighs_each_by_its_length() -> None:
     assert one.caption.words[0].attention.sum() == pytest.approx(1)  # type: ignore[union-attr]
     assert merge([]) == []
     assert parts[0].end == 1  # as it was
+
+
+def test_guesses_that_both_name_are_merged() -> None:
+    def guessing(start: float, end: float, guesses: dict[str, float], weights: list[float]) -> Segment:
+        made = segment(start, end, "a dog")
+        words = tuple(replace(w, word_attention=np.array(weights, np.float32)) for w in made.caption.words)
+        named = tuple(Alternative(word, p) for word, p in guesses.items())
+        return replace(made, caption=replace(made.caption, words=words, guesses=named))
+
+    (both,) = merge(
+        [
+            guessing(0, 1, {"dog": 0.9, "grass": 0.5, "park": 0.4}, [0.5, 0.2, 0.1]),
+            guessing(1, 4, {"park": 0.8, "dog": 0.5}, [0.3, 0.6]),
+        ]
+    )
+    assert [(g.text, round(g.probability, 6)) for g in both.caption.guesses] == [("dog", 0.6), ("park", 0.7)]
+    for word in both.caption.words:
+        assert word.word_attention is not None
+        np.testing.assert_allclose(word.word_attention, [0.575, 0.25], rtol=1e-6)
 
 
 def test_what_does_not_merge() -> None:
