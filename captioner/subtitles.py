@@ -38,8 +38,8 @@ def merge(segments: Iterable[Segment], *, gap: float = _TOUCH) -> list[Segment]:
 
     The joined caption has the frames of all parts, and each word's attention is shared among the parts by
     their number of frames, so that it sums to 1 and every cell keeps its weight relative to an even share.
-    Probabilities, scores and gates are means, each part counting by how long it lasts; alternatives and guesses
-    are those that all parts name, and further hypotheses are dropped.
+    Probabilities, scores and gates are means, each part counting by how long it lasts; alternatives and
+    guesses are those that all parts name, and further hypotheses are dropped.
 
     Args:
         segments: in order of time.

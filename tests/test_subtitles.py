@@ -75,7 +75,8 @@ def test_records() -> None:
     one = segment(0, 2.5, "a dog", confidence=0.5)
     caption = VideoCaption((one, segment(2.5, 10, "a cat sits", confidence=0.9)), 10.0)
     record = json.loads(json.dumps(caption.to_dict()))
-    assert list(record) == ["schema", "caption", "confidence", "duration", "segments"]
+    assert list(record) == ["schema", "caption", "confidence", "duration", "segments", "error"]
+    assert record["error"] is None
     assert record["schema"] == SCHEMA_VERSION
     assert record["caption"] == caption.text == "a dog. a cat sits"
     assert record["confidence"] == pytest.approx(0.8)  # by length
