@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from os import PathLike, fsdecode
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from captioner.caption import SCHEMA_VERSION, Caption
+from captioner.caption import SCHEMA_VERSION, Caption, Segment, VideoCaption, clock
 from captioner.captioner import Captioner
 from captioner.encoder import region_shares
-from captioner.images import Fit, ImageError, load
+from captioner.images import PHOTO_SUFFIXES, Fit, ImageError, find_images, load
+from captioner.video import VIDEO_SUFFIXES, VideoError, is_video
 
 DEFAULT_BATCH = 32
+
+LISTED = PHOTO_SUFFIXES | VIDEO_SUFFIXES - {".ts"}
+"""Lower-case suffixes of what `find_files` takes from a folder; a .ts there is TypeScript more often."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,14 +32,27 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class FileResult:
-    """What became of one file: a caption, or the reason why there is none."""
+    """What became of one photo: a caption, or the reason why there is none."""
 
     path: str
     caption: Caption | None
     error: str | None = None
 
 
-def to_record(result: FileResult, model: str, *, attention: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class ClipResult:
+    """What became of one video: captions, or the reason why there are none; both if it ends too early.
+
+    ``seconds`` is how long captioning took.
+    """
+
+    path: str
+    caption: VideoCaption | None
+    error: str | None = None
+    seconds: float = 0.0
+
+
+def to_record(result: FileResult | ClipResult, model: str, *, attention: bool = False) -> dict[str, Any]:
     """Return the record of a file (schema in ``docs/records.md``); without a caption, that is ``""``."""
     if result.caption is None:
         record: dict[str, Any] = {"schema": SCHEMA_VERSION, "caption": ""}
@@ -82,6 +101,115 @@ def caption_files(
     return _run(
         captioner, map(fsdecode, paths), batch_size, region, seed, {"prefix": prefix, "must": must, **options}
     )
+
+
+def find_files(paths: Iterable[str | PathLike[str]], recursive: bool = False) -> list[Path]:
+    """Expand files, folders and patterns into photos and videos, as `captioner.images.find_images` does.
+
+    Raises:
+        ImageError: a folder with neither, or a pattern that matches none; the message names it.
+    """
+    return find_images(paths, recursive, LISTED)
+
+
+def caption_media(
+    captioner: Captioner,
+    paths: Iterable[str | PathLike[str]],
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    seed: int = 0,
+    clips: Mapping[str, Any] | None = None,
+    progress: Callable[[str, float], object] | None = None,
+    said: Callable[[str, Segment], object] | None = None,
+    **options: Any,
+) -> Iterator[FileResult | ClipResult]:
+    """Caption photos and videos, told apart by content, in order; memory does not grow with their number.
+
+    Photos that follow each other go through `caption_files` together. Videos are captioned one after the
+    other, because each keeps all cores busy.
+
+    Args:
+        captioner: what captions them.
+        paths: the files.
+        batch_size: photos that go through the network together.
+        seed: of sampling; the n-th file is drawn with ``seed + n``.
+        clips: for videos, see `Captioner.caption_video`: ``every``, ``segment``, ``shots``,
+            ``start``, ``end``.
+        progress: called with a video's path and the seconds of it that have been read.
+        said: called with a video's path and a segment as soon as that is captioned.
+        options: for both: ``prefix``, ``region``, ``must`` and search options, see `Captioner.caption`.
+
+    Yields:
+        a `FileResult` for each photo, a `ClipResult` for each video; with an error if it cannot be read, or
+        not to its end.
+
+    Raises:
+        ValueError: as `caption_files`.
+    """
+    captioner.check(**{name: value for name, value in options.items() if name not in ("prefix", "region")})
+    return _media(captioner, paths, batch_size, seed, {**(clips or {}), **options}, options, progress, said)
+
+
+def _media(
+    captioner: Captioner,
+    paths: Iterable[str | PathLike[str]],
+    batch_size: int,
+    seed: int,
+    for_clips: dict[str, Any],
+    for_photos: dict[str, Any],
+    progress: Callable[[str, float], object] | None,
+    said: Callable[[str, Segment], object] | None,
+) -> Iterator[FileResult | ClipResult]:
+    for moving, group in groupby(map(fsdecode, paths), is_video):
+        if moving:
+            for path in group:
+                result, interrupted = _caption_clip(
+                    captioner, path, {"seed": seed, **for_clips}, progress, said
+                )
+                yield result
+                if interrupted:
+                    raise KeyboardInterrupt
+                seed += 1
+        else:
+            for result in caption_files(captioner, group, batch_size=batch_size, seed=seed, **for_photos):
+                yield result
+                seed += 1
+
+
+def _caption_clip(
+    captioner: Captioner,
+    path: str,
+    options: dict[str, Any],
+    progress: Callable[[str, float], object] | None,
+    said: Callable[[str, Segment], object] | None,
+) -> tuple[ClipResult, bool]:
+    """Return what became of a video, and whether a person has stopped it; what was captioned is kept then."""
+
+    def report(seconds: float) -> None:
+        if progress is not None:
+            progress(path, seconds)
+
+    begun = time.monotonic()
+    segments: list[Segment] = []
+    error, interrupted = None, False
+    try:
+        for segment in captioner.caption_segments(path, progress=report, **options):
+            segments.append(segment)
+            if said is not None:
+                said(path, segment)
+    except VideoError as problem:
+        error = str(problem)
+    except ValueError as problem:
+        # a box that misses one clip must not stop the others
+        if options.get("region") is None:
+            raise
+        error = f"{path}: {problem}"
+    except KeyboardInterrupt:
+        if not segments:
+            raise
+        error, interrupted = f"{path}: interrupted at {clock(segments[-1].end)}", True
+    caption = VideoCaption(tuple(segments), segments[-1].end, error) if segments else None
+    return ClipResult(path, caption, error, time.monotonic() - begun), interrupted
 
 
 def _run(

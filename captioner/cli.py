@@ -7,12 +7,15 @@ import io
 import json
 import math
 import os
+import re
 import shlex
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import Enum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,13 +24,18 @@ import typer
 from captioner._version import __version__
 
 if TYPE_CHECKING:
-    from captioner.batch import FileResult
+    import numpy as np
+    from PIL import Image
+
+    from captioner.batch import ClipResult, FileResult
+    from captioner.caption import Caption, Segment, VideoCaption
     from captioner.captioner import Captioner
+    from captioner.video import Frame
 
 FAILED = 1
 """Exit code when some file could not be captioned; the others were."""
 UNUSABLE = 2
-"""Exit code when nothing could be done: no readable photo, a wrong option, model or output."""
+"""Exit code when nothing could be done: no readable file, a wrong option, model or output."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 UNREAD = 141
@@ -35,7 +43,8 @@ UNREAD = 141
 
 app = typer.Typer(
     name="captioner",
-    help="Say what photos show, and show where the model looked for each word: captioner caption photo.jpg",
+    help="Say what photos and videos show, and show where the model looked for each word: "
+    "captioner caption photo.jpg",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,7 +62,7 @@ class Precision(str, Enum):
 
 
 class OverlayFormat(str, Enum):
-    """What `captioner.overlay.save` writes."""
+    """What `captioner.overlay.save` writes of photos, and `captioner.video_overlay` of videos."""
 
     png = "png"
     jpg = "jpg"
@@ -63,6 +72,8 @@ class OverlayFormat(str, Enum):
     pdf = "pdf"
     html = "html"
     npz = "npz"
+    mp4 = "mp4"
+    webm = "webm"
 
 
 class FitMode(str, Enum):
@@ -226,7 +237,9 @@ _BOUNDS = {
 
 @app.command()
 def caption(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH", hidden=True)],  # the docstring tells more
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="PATH", hidden=True, show_default=False)
+    ] = None,  # the docstring tells more
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Look into sub-folders too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array of records.")] = False,
     as_jsonl: Annotated[
@@ -241,15 +254,59 @@ def caption(
     overlay: Annotated[
         Path | None,
         typer.Option(
-            help="Draw where the model looked, a picture for each photo, into this folder.", metavar="DIR"
+            help="Draw where the model looked into this folder: of a photo a picture, of a video the video "
+            "itself and, for each segment, a sheet of its words and frames.",
+            metavar="DIR",
         ),
     ] = None,
     overlay_format: Annotated[
         OverlayFormat | None,
         typer.Option(
-            help="png, jpg: a sheet; gif, webp: an animation; svg, pdf: a figure; html: a page; npz: arrays. "
-            "[default: png]",
+            help="Of photos png, jpg: a sheet; gif, webp: an animation; svg, pdf: a figure; html: a page; "
+            "npz: arrays. Of videos mp4, webm. [default: png, mp4]",
             metavar="FORMAT",
+        ),
+    ] = None,
+    every: Annotated[
+        float | None,
+        typer.Option(
+            help="Of videos: seconds between the frames that are looked at. [default: 0.5]", metavar="SECONDS"
+        ),
+    ] = None,
+    segment: Annotated[
+        str | None,
+        typer.Option(
+            help="Of videos: what gets a caption of its own: so many seconds, whole, or shots (where the "
+            "picture changes at once; shots:8 cuts longer ones). With --live, the seconds looked back. "
+            "[default: 5, live 4]",
+            metavar="LENGTH",
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Of videos: where to begin, in seconds or as 1:02:03.", metavar="TIME"),
+    ] = None,
+    end: Annotated[
+        str | None,
+        typer.Option(help="Of videos: where to stop, in seconds or as 1:02:03.", metavar="TIME"),
+    ] = None,
+    srt: Annotated[
+        str | None,
+        typer.Option(
+            help="Of videos: write subtitles to FILE.srt. For several videos give a folder, or the word "
+            "beside for a file next to each, where there is none.",
+            metavar="FILE",
+        ),
+    ] = None,
+    vtt: Annotated[
+        str | None, typer.Option(help="The same as WebVTT, for web pages, to FILE.vtt.", metavar="FILE")
+    ] = None,
+    live: Annotated[
+        str | None,
+        typer.Option(
+            help="In the place of PATH: caption a camera (0 is the first), a device or a stream's address "
+            "while it runs, until Ctrl-C.",
+            metavar="SOURCE",
         ),
     ] = None,
     beam: Annotated[
@@ -259,7 +316,9 @@ def caption(
             metavar="N",
         ),
     ] = None,
-    n_best: Annotated[int, typer.Option(help="Captions for each photo, best first.", metavar="N")] = 1,
+    n_best: Annotated[
+        int, typer.Option(help="Captions for each photo or segment, best first.", metavar="N")
+    ] = 1,
     prefix: Annotated[
         str, typer.Option(help="Words that every caption begins with.", metavar="TEXT", show_default=False)
     ] = "",
@@ -270,7 +329,7 @@ def caption(
     region: Annotated[
         str,
         typer.Option(
-            help="Look only into the box LEFT,TOP,RIGHT,BOTTOM, in pixels of the photo.",
+            help="Look only into the box LEFT,TOP,RIGHT,BOTTOM, in pixels of the photo or video.",
             metavar="BOX",
             show_default=False,
         ),
@@ -319,7 +378,7 @@ def caption(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="With --sample: the n-th photo, from 0, gets seed + n.", metavar="N")
+        int, typer.Option(help="With --sample: the n-th file, from 0, gets seed + n.", metavar="N")
     ] = 0,
     batch_size: Annotated[
         int,
@@ -333,15 +392,18 @@ def caption(
     ] = Precision.float32,
     threads: Threads = 0,
 ) -> None:
-    """Say what photos show.
+    """Say what photos and videos show.
 
-    PATH is a photo, a folder or a glob (quoted: '**/*.jpg'); there may be several.
+    PATH is a photo, a video, a folder or a glob (quoted: '**/*.jpg'); there may be several. Photos and videos
+    are told apart by content; GIF and WebP animations are videos.
 
-    Prints a caption a line: the caption alone for a single photo, "path: caption" otherwise. When the model
-    is not sure what it sees, the line says so. Results go to stdout, everything else to stderr.
+    Prints a caption a line, and for a video a line for each segment: "path: caption", or "path: 0:05 to 0:10:
+    caption"; without the path for a single file. When the model is not sure what it sees, the line says so.
+    Results go to stdout, everything else to stderr.
 
-    Exit code: 0 if all photos were captioned; 1 if some could not be (each gets a line on stderr, the others
-    are captioned); 2 if nothing could be done; 130 after Ctrl-C.
+    Exit code: 0 if all files were captioned; 1 if some could not be, or not to their end (each gets a line on
+    stderr, the others are captioned); 2 if nothing could be done; 130 after Ctrl-C, which with --live is the
+    usual end, and 0.
     """
     if as_json + as_jsonl + as_csv > 1:
         _fail("choose one of --json, --jsonl and --csv")
@@ -369,41 +431,270 @@ def caption(
     options: dict[str, Any] = {k: v for k, v in chosen.items() if v is not None}
     options.update(n_best=n_best, sample=sample, prefix=prefix, must=must or [], seed=seed)
     options["region"] = _box(region)
+    clips = _clip_options(every, segment, start, end)
     kind = _JsonWriter if as_json else _JsonlWriter if as_jsonl else _CsvWriter if as_csv else _Writer
+    if live is not None:
+        file_options = {"a PATH": paths, "--overlay": overlay, "--srt": srt, "--vtt": vtt}
+        for name, given in {**file_options, "--start": start, "--end": end}.items():
+            if given:
+                _fail(f"--live does not go together with {name}")
+        if clips.pop("shots", False) or clips.get("segment", 0) is None:
+            _fail(f"--segment {segment}: with --live, give the seconds to look back")
+        if "segment" in clips:
+            clips["window"] = clips.pop("segment")
+        with _mistakes(), kind(attention) as writer:
+            captioner = _load(model, device, precision.value, threads)
+            writer.model = captioner.header.name
+            code = _caption_live(captioner, live, writer, {**clips, **options})
+        raise typer.Exit(code)
+    if not paths:
+        _fail("give a photo, a video, a folder or a pattern, or --live SOURCE; captioner caption --help")
+    unused = {"--every": every, "--segment": segment, "--start": start, "--end": end}
+    unused.update({"--srt": srt, "--vtt": vtt})
+    if overlay_format in _CLIP_FORMATS:
+        unused[f"--overlay-format {overlay_format.value}"] = overlay_format
     with _mistakes(), kind(attention) as writer:
         from tqdm import tqdm
 
-        from captioner.batch import FileResult, caption_files
+        from captioner.batch import ClipResult, FileResult, caption_media
 
         files, missing = _find(paths, recursive)
         writer.heads = files != paths[:1]
-        overlays = _Overlays(overlay, overlay_format or OverlayFormat.png, files) if overlay else None
+        names = _Names(files if overlay or srt or vtt else [])
+        subtitles = [
+            _Subtitles(f"--{o}", place, files, names) for o, place in (("srt", srt), ("vtt", vtt)) if place
+        ]
+        overlays = _Overlays(overlay, overlay_format, names, clips) if overlay else None
         captioner = _load(model, device, precision.value, threads)
         writer.model = captioner.header.name
         captioned = failures = 0
+        clip_count, seconds, computing = 0, 0.0, 0.0
 
-        def results() -> Iterator[FileResult]:
+        def results() -> Iterator[FileResult | ClipResult]:
             yield from (FileResult(path, None, reason) for path, reason in missing)
-            yield from caption_files(captioner, files, batch_size=batch_size, **options)
+            yield from caption_media(
+                captioner,
+                files,
+                batch_size=batch_size,
+                clips=clips,
+                progress=progress.reading,
+                said=writer.write_segment,
+                **options,
+            )
 
-        with tqdm(
-            total=len(files) + len(missing),
-            unit="photo",
-            disable=None if len(files) > 1 else True,  # None: on a terminal only
-            file=sys.stderr,
-        ) as bar:
+        with _Progress(len(files) + len(missing), clips) as progress:
             for result in results():
+                errors = [result.error] if result.error is not None else []
+                notes: list[str] = []
+                if isinstance(result, ClipResult):
+                    clip_count += 1
                 if result.caption is not None:
                     captioned += 1
-                    result = overlays.save(result) if overlays else result
+                    if isinstance(result, ClipResult):
+                        seconds += result.caption.duration - clips.get("start", 0.0)
+                        computing += result.seconds
+                        errors += [error for s in subtitles if (error := s.save(result.path, result.caption))]
+                    if overlays:
+                        drawn, notes = overlays.save(result.path, result.caption, progress.drawing)
+                        errors += drawn
                 with tqdm.external_write_mode(file=sys.stdout):  # takes the bar off a terminal meanwhile
-                    if result.error is not None:
-                        failures += 1
-                        _say(result.error)
-                    writer.write(result)
-                bar.update()
+                    for line in (*errors, *notes):
+                        _say(line)
+                    writer.write(replace(result, error="; ".join(errors) or None))
+                failures += bool(errors)
+                progress.done()
+        if captioned and not clip_count and any(unused.values()):
+            given = ", ".join(name for name, value in unused.items() if value)
+            _say(f"{given}: only for videos, and there was none")
+        if computing and sys.stderr.isatty():
+            rate = seconds / computing
+            _say(
+                f"{seconds:.1f} s of video in {computing:.1f} s: "
+                f"{rate:.1f} seconds of video per second of computing"
+            )
     if failures:
         raise typer.Exit(FAILED if captioned else UNUSABLE)
+
+
+_CLIP_FORMATS = (OverlayFormat.mp4, OverlayFormat.webm)
+
+
+def _clip_options(
+    every: float | None, segment: str | None, start: str | None, end: str | None
+) -> dict[str, Any]:
+    """Return the options of `Captioner.caption_video` that were given."""
+    options: dict[str, Any] = {}
+    if every is not None:
+        if not (math.isfinite(every) and every > 0):
+            _fail(f"--every {every}: expected seconds, more than 0")
+        options["every"] = every
+    if segment is not None:
+        options.update(_segment_options(segment))
+    for name, text in (("start", start), ("end", end)):
+        if text is not None:
+            options[name] = _seconds(text, name)
+    if "end" in options and options["end"] <= options.get("start", 0.0):
+        _fail(f"--end {end}: expected a time after --start {start or 0}")
+    return options
+
+
+def _segment_options(text: str) -> dict[str, Any]:
+    shots = text == "shots" or text.startswith("shots:")
+    if shots:
+        from importlib.util import find_spec
+
+        if find_spec("scenedetect") is None:
+            _fail('--segment shots needs PySceneDetect: pip install "captioner[shots]"')
+    if text in ("whole", "shots"):
+        return {"segment": None, "shots": shots}
+    try:
+        seconds = float(text.removeprefix("shots:"))
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds > 0):
+        _fail(f"--segment {text}: expected seconds, more than 0, or whole, shots or shots:SECONDS")
+    return {"segment": seconds, "shots": shots}
+
+
+def _seconds(text: str, name: str) -> float:
+    """Read a time: ``90``, ``1:30`` or ``1:02:03.5``."""
+    if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d*)?", text, re.ASCII):
+        _fail(f"--{name} {text}: expected seconds, minutes:seconds or hours:minutes:seconds")
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+def _caption_live(captioner: Captioner, source: str, writer: _Writer, options: dict[str, Any]) -> int:
+    """Print what a camera or stream shows while it runs, whenever that changes; return the exit code."""
+    from captioner.caption import plain_text
+
+    said = None
+    error: str | None = None
+    with _Rolling(writer, source) as rolling:
+        try:
+            for segment in captioner.caption_live(source, **options):
+                text = plain_text(segment.caption)
+                if text != said:
+                    said = text
+                    rolling.show(segment)
+        except KeyboardInterrupt:  # the usual end
+            pass
+        except ValueError as problem:
+            from captioner.video import VideoError
+
+            if not isinstance(problem, VideoError):
+                raise
+            error = str(problem)
+    if error is None:
+        return 0
+    _say(error)
+    return UNUSABLE if said is None else FAILED
+
+
+class _Rolling:
+    """Shows the live captions: on a terminal in one line that is written over, else a line or record each."""
+
+    def __init__(self, writer: _Writer, source: str) -> None:
+        self.writer = writer
+        self.source = re.sub(r"(?<=://)[^/@\s]*@", "", source)  # without user and password
+        self.rewrites = type(writer) is _Writer and sys.stdout.isatty()
+        self.last = 0
+
+    def __enter__(self) -> _Rolling:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.last:
+            _print("")
+
+    def show(self, segment: Segment) -> None:
+        from captioner.caption import clock, plain_text
+
+        if not self.rewrites:
+            self.writer.write_live(self.source, segment)
+            return
+        room = shutil.get_terminal_size().columns - 1  # in the last column some terminals begin a new line
+        line = _printable(f"{clock(int(segment.end))}: {plain_text(segment.caption)}")[:room]
+        _print("\r" + line.ljust(min(self.last, room)), end="")
+        self.last = len(line)
+
+
+class _Progress:
+    """Bars on a terminal: of the files, and of the seconds of the video at hand."""
+
+    def __init__(self, count: int, clips: dict[str, Any]) -> None:
+        from tqdm import tqdm
+
+        self.shown = sys.stderr is not None and sys.stderr.isatty()
+        self.span = clips.get("start", 0.0), clips.get("end", math.inf)
+        self.files = tqdm(
+            total=count, unit="file", disable=not (self.shown and count > 1), file=sys.stderr, leave=True
+        )
+        self.clip: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        self.files.close()
+
+    def reading(self, path: str, seconds: float) -> None:
+        """Show that so many seconds of a video have been read."""
+        self._show(path, seconds)
+
+    def drawing(self, path: str, seconds: float) -> None:
+        """Show that so many seconds of a video have been drawn."""
+        self._show(path, seconds, "drawing ")
+
+    def done(self) -> None:
+        """Count a file."""
+        self._close()
+        self.files.update()
+
+    def _show(self, path: str, seconds: float, what: str = "") -> None:
+        if not self.shown:
+            return
+        name = _printable(f"{what}{os.path.basename(path)}")
+        if self.clip is None or self.clip.desc != name:
+            self._close()
+            self.clip = self._bar(path, name, bool(what))
+        done = round(seconds if what else seconds - self.span[0], 1)
+        if done > self.clip.n:
+            self.clip.update(round(done - self.clip.n, 1))
+
+    def _bar(self, path: str, name: str, drawing: bool) -> Any:
+        from tqdm import tqdm
+
+        from captioner.video import VideoError, probe
+
+        total = None
+        with suppress(VideoError):
+            total = probe(path).duration  # what the header says is good enough for a bar
+        if total is not None:
+            start, end = (0.0, math.inf) if drawing else self.span
+            total = max(0.1, round(min(total, end) - start, 1))
+        return tqdm(
+            total=total,
+            unit="s",
+            desc=name,
+            file=sys.stderr,
+            leave=False,
+            bar_format=_SECONDS_BAR[total is None],
+        )
+
+    def _close(self) -> None:
+        if self.clip is not None:
+            self.clip.close()
+            self.clip = None
+
+
+_SECONDS_BAR = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}]",
+    "{desc}: {n:.0f} s of video [{elapsed}]",
+)
 
 
 def _box(text: str) -> tuple[float, ...] | None:
@@ -422,13 +713,14 @@ def _box(text: str) -> tuple[float, ...] | None:
 
 def _find(paths: list[str], recursive: bool) -> tuple[list[str], list[tuple[str, str]]]:
     """Return the files that the arguments name, each once, and for the others (argument, reason)."""
-    from captioner.images import ImageError, find_images
+    from captioner.batch import find_files
+    from captioner.images import ImageError
 
     files: dict[Path, str] = {}
     missing: dict[str, str] = {}
     for path in paths:
         try:
-            for file in find_images([path], recursive):
+            for file in find_files([path], recursive):
                 # a file that was given by name keeps its spelling
                 files.setdefault(file, path if file == Path(path) else str(file))
         except ImageError as error:
@@ -436,50 +728,35 @@ def _find(paths: list[str], recursive: bool) -> tuple[list[str], list[tuple[str,
     return list(files.values()), list(missing.items())
 
 
-class _Overlays:
-    """Writes one overlay for each photo; photos of the same name get numbers, and no photo is replaced."""
+class _Names:
+    """Names for what is written of each file: those of one name get numbers, and no input is replaced."""
 
-    def __init__(self, folder: Path, suffix: OverlayFormat, photos: list[str]) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            _fail(f"--overlay {folder}: this is a file; give a folder")
-        except OSError as error:
-            _fail(f"--overlay {folder}: the folder cannot be made: {error.strerror or error}")
-        if not os.access(folder, os.W_OK):
-            _fail(f"--overlay {folder}: cannot be written to; choose another folder")
-        self.folder = folder
-        self.suffix = suffix.value
+    def __init__(self, inputs: Iterable[str]) -> None:
         self.taken: set[str] = set()
-        self.photos: set[tuple[int, int]] = set()
-        for photo in photos:
+        self.inputs: set[tuple[int, int]] = set()
+        for path in inputs:
             with suppress(OSError):
-                self.photos.add(_identity(photo))
+                self.inputs.add(_identity(path))
 
-    def save(self, result: FileResult) -> FileResult:
-        """Return the result, with an error if its overlay could not be written."""
-        from captioner.overlay import save
-
-        assert result.caption is not None
-        # a name that is short enough for a number and the longest suffix, and can be written everywhere
-        stem = os.fsencode(Path(result.path).stem)[:230].decode(errors="ignore") or "photo"
+    def choose(self, path: str, targets: Callable[[str], list[Path]]) -> list[Path]:
+        """Return the targets for the first of ``stem``, ``stem-2``, … under which all are free."""
+        # a name that is short enough for numbers and the longest suffix, and can be written everywhere
+        stem = os.fsencode(Path(path).stem)[:225].decode(errors="ignore") or "photo"
         name, number = stem, 1
-        while name.lower() in self.taken or self._is_photo(name):
+        while not all(map(self._free, targets(name))):
             number += 1
             name = f"{stem}-{number}"
-        self.taken.add(name.lower())
-        try:
-            save(result.caption, result.path, self._target(name))
-        except (ValueError, OSError) as error:
-            return replace(result, error=f"{result.path}: there is no overlay: {error}")
-        return result
+        chosen = targets(name)
+        self.taken.update(str(target).lower() for target in chosen)
+        return chosen
 
-    def _target(self, name: str) -> Path:
-        return self.folder / f"{name}.{self.suffix}"
+    def _free(self, target: Path) -> bool:
+        return str(target).lower() not in self.taken and not self.is_input(target)
 
-    def _is_photo(self, name: str) -> bool:
+    def is_input(self, target: Path) -> bool:
+        """Tell whether a file is one of those to be captioned."""
         try:
-            return _identity(self._target(name)) in self.photos
+            return _identity(target) in self.inputs
         except OSError:  # there is no such file
             return False
 
@@ -487,6 +764,188 @@ class _Overlays:
 def _identity(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def _make_folder(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        _fail(f"{option} {folder}: this is a file; give a folder")
+    except OSError as error:
+        _fail(f"{option} {folder}: the folder cannot be made: {error.strerror or error}")
+    if not os.access(folder, os.W_OK):
+        _fail(f"{option} {folder}: cannot be written to; choose another folder")
+
+
+class _Subtitles:
+    """Writes the subtitles of videos: to one file, into a folder, or beside each video."""
+
+    def __init__(self, option: str, place: str, files: list[str], names: _Names) -> None:
+        from captioner.video import is_video
+
+        self.suffix = f".{option.removeprefix('--')}"
+        self.names = names
+        self.file: Path | None = None
+        self.folder: Path | None = None
+        if place == "beside":
+            return
+        path = Path(place)
+        if path.is_dir() or place.endswith(("/", os.sep)) or not (path.suffix or path.exists()):
+            self.folder = path
+            _make_folder(option, path)
+            return
+        if path.suffix.lower() != self.suffix:
+            _fail(
+                f"{option} {place}: expected a name that ends in {self.suffix}, a folder, or the word beside"
+            )
+        if len(list(islice(filter(is_video, files), 2))) > 1:
+            _fail(
+                f"{option} {place}: this is one file, and there are several videos: give a folder, "
+                "or the word beside for a file next to each video"
+            )
+        if not os.access(path.parent, os.W_OK):
+            _fail(f"{option} {place}: its folder does not exist, or cannot be written to")
+        if not _replaceable(path):
+            _fail(f"{option} {place}: this file exists and holds no subtitles; choose another name")
+        self.file = path
+
+    def save(self, path: str, caption: VideoCaption) -> str | None:
+        """Return the reason if the subtitles could not be written; a person's own beside a video are kept."""
+        from captioner.subtitles import save, to_srt, to_webvtt
+
+        folder = Path(path).parent if self.folder is None else self.folder
+        target = self.file or self.names.choose(path, lambda name: [folder / f"{name}{self.suffix}"])[0]
+        if not _replaceable(target):
+            return f"{path}: there are no subtitles: {target} exists and holds something else"
+        if self.file is None and self.folder is None:
+            text = (to_srt if self.suffix == ".srt" else to_webvtt)(caption)
+            with suppress(OSError):
+                found = target.read_bytes()
+                if found and found != text.encode():
+                    return (
+                        f"{path}: there are no subtitles: {target} exists and is kept; delete it, or give "
+                        "a folder for new ones"
+                    )
+        try:
+            save(caption, target)
+        except (ValueError, OSError) as error:
+            return f"{path}: there are no subtitles: {error}"
+        return None
+
+
+def _replaceable(path: Path) -> bool:
+    """Tell whether subtitles may be written there: nothing, an empty file, or subtitles."""
+    try:
+        if not path.is_file():
+            return not os.path.lexists(path)
+        with open(path, "rb") as file:
+            head = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError:
+        return False
+    cue = rb"(\d+\s*\n\s*)?\d+:\d\d:\d\d[,.]\d+\s*-->"
+    return not head or head.startswith(b"WEBVTT") or re.match(cue, head) is not None
+
+
+class _Overlays:
+    """Writes what shows where the model looked, for each photo and video; no input is replaced."""
+
+    def __init__(
+        self, folder: Path, format: OverlayFormat | None, names: _Names, clips: dict[str, Any]
+    ) -> None:
+        _make_folder("--overlay", folder)
+        self.folder, self.names = folder, names
+        self.photos = "png" if format is None or format in _CLIP_FORMATS else format.value
+        self.sheets = self.photos if self.photos in ("png", "jpg") else "png"
+        self.clips = format.value if format is not None and format in _CLIP_FORMATS else "mp4"
+        self.reading = {"every": 0.5, **{k: v for k, v in clips.items() if k in ("every", "start", "end")}}
+
+    def save(
+        self, path: str, caption: Caption | VideoCaption, progress: Callable[[str, float], object]
+    ) -> tuple[list[str], list[str]]:
+        """Write what belongs to a file; return errors, and notes on what differs from the original."""
+        from captioner.caption import VideoCaption
+        from captioner.overlay import save
+
+        if isinstance(caption, VideoCaption):
+            return self._save_clip(path, caption, progress)
+        (target,) = self.names.choose(path, lambda name: [self.folder / f"{name}.{self.photos}"])
+        try:
+            save(caption, path, target)
+        except (ValueError, OSError) as error:
+            return [f"{path}: there is no overlay: {error}"], []
+        return [], []
+
+    def _save_clip(
+        self, path: str, caption: VideoCaption, progress: Callable[[str, float], object]
+    ) -> tuple[list[str], list[str]]:
+        count = len(caption.segments)
+
+        def targets(name: str) -> list[Path]:
+            numbers = [""] if count == 1 else [f"-{n:0{len(str(count))}}" for n in range(1, count + 1)]
+            sheets = [self.folder / f"{name}{number}.{self.sheets}" for number in numbers]
+            return [self.folder / f"{name}.{self.clips}", *sheets]
+
+        clip, *sheets = self.names.choose(path, targets)
+        errors, notes = [], []
+        try:
+            self._draw_sheets(path, caption, sheets)
+        except (ValueError, OSError) as error:
+            errors.append(f"{path}: there is no sheet: {error}")
+        try:
+            written = caption.overlay(path, clip, progress=lambda seconds: progress(path, seconds))
+            notes = [f"{path}: {note}" for note in written.notes]
+        except (ValueError, OSError, ImportError) as error:
+            errors.append(f"{path}: there is no overlay: {error}")
+        return errors, notes
+
+    def _draw_sheets(self, path: str, caption: VideoCaption, targets: list[Path]) -> None:
+        """Draw each segment's sheet, on frames that are read once more, in small."""
+        from captioner.overlay import _encoded, _write
+        from captioner.video import frames
+
+        read = frames(path, **self.reading)
+        for segment, target in zip(caption.segments, targets, strict=True):
+            segment = _thinned(segment)
+            pictures = [_small(frame.image) for t in segment.times if (frame := _at(read, t)) is not None]
+            sheet = segment.overlay(pictures)
+            options = {"quality": 92, "subsampling": 0} if self.sheets == "jpg" else {}
+            _write(target, _encoded(sheet, "JPEG" if self.sheets == "jpg" else "PNG", **options))
+
+
+_COLUMNS = 24
+"""The most frames that a sheet shows; more would be too small to see."""
+
+
+def _thinned(segment: Segment) -> Segment:
+    """Draw neighbouring frames as one where there are too many: their attention summed, on the middle one."""
+    import numpy as np
+
+    count = len(segment.times)
+    if count <= _COLUMNS:
+        return segment
+    edges = np.linspace(0, count, _COLUMNS + 1).round().astype(int)
+    words = tuple(
+        word
+        if word.attention is None
+        else replace(word, attention=np.add.reduceat(word.attention.reshape(count, -1), edges[:-1]))
+        for word in segment.caption.words
+    )
+    times = segment.times[(edges[:-1] + edges[1:]) // 2]
+    return replace(segment, caption=replace(segment.caption, words=words, times=times, n_best=()))
+
+
+def _at(read: Iterator[Frame], time: float) -> Frame | None:
+    """Read on to the frame of a time, which may have been rounded; None if the clip ends before it."""
+    return next((frame for frame in read if frame.time > time - 0.002), None)
+
+
+def _small(picture: np.ndarray) -> Image.Image:
+    """Shrink a frame to what a sheet can show."""
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    image.thumbnail((480, 960))
+    return image
 
 
 class _Writer:
@@ -509,56 +968,116 @@ class _Writer:
             if kind is None:
                 raise
 
-    def record(self, result: FileResult) -> dict[str, Any]:
+    def record(self, result: FileResult | ClipResult) -> dict[str, Any]:
         from captioner.batch import to_record
 
         return to_record(result, self.model, attention=self.attention)
 
-    def write(self, result: FileResult) -> None:
-        from captioner.caption import plain_text
+    def write(self, result: FileResult | ClipResult) -> None:
+        """Print a file's result; of a video, what `write_segment` has left."""
+        from captioner.batch import FileResult
 
-        if result.caption is None:
-            return
-        head = f"{result.path}: " if self.heads else ""
-        _print(_printable(f"{head}{plain_text(result.caption)}"))
-        for rank, other in enumerate(result.caption.n_best[1:], 2):
-            _print(_printable(f"  {rank}. {other.text}"))
+        if isinstance(result, FileResult) and result.caption is not None:
+            self._lines(f"{result.path}: " if self.heads else "", result.caption)
+
+    def write_segment(self, path: str, segment: Segment) -> None:
+        """Print a segment as soon as it is captioned, where the format allows that."""
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stdout):
+            self._segment(path, segment)
+
+    def write_live(self, source: str, segment: Segment) -> None:
+        """Print what a camera or stream shows."""
+        from captioner.caption import clock
+
+        self._lines(f"{clock(segment.end)}: ", segment.caption)
 
     def close(self) -> None:
         """Print what ends the output."""
 
+    def _segment(self, path: str, segment: Segment) -> None:
+        from captioner.caption import clock
 
-class _JsonWriter(_Writer):
+        head = f"{path}: " if self.heads else ""
+        self._lines(f"{head}{clock(segment.start)} to {clock(segment.end)}: ", segment.caption)
+
+    def _lines(self, head: str, caption: Caption) -> None:
+        from captioner.caption import plain_text
+
+        _print(_printable(f"{head}{plain_text(caption)}"))
+        for rank, other in enumerate(caption.n_best[1:], 2):
+            _print(_printable(f"  {rank}. {other.text}"))
+
+
+class _RecordWriter(_Writer):
+    """JSON: a record for each file, and one for each caption of a live source."""
+
+    def write(self, result: FileResult | ClipResult) -> None:
+        self._record(self.record(result))
+
+    def write_live(self, source: str, segment: Segment) -> None:
+        from captioner.caption import SCHEMA_VERSION
+
+        record = segment.to_dict(attention=self.attention)
+        self._record({"path": source, "schema": SCHEMA_VERSION, **record, "model": self.model, "error": None})
+
+    def _segment(self, path: str, segment: Segment) -> None:
+        """Wait for the record of the whole video."""
+
+    def _record(self, record: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class _JsonWriter(_RecordWriter):
     """One array; records are printed as they come, so that memory stays flat."""
 
-    def write(self, result: FileResult) -> None:
+    def _record(self, record: dict[str, Any]) -> None:
         # the comma belongs to the next record: what has been printed always lacks no more than a bracket
-        _print((",\n" if self.begun else "[\n") + _dumps(self.record(result)), end="")
+        _print((",\n" if self.begun else "[\n") + _dumps(record), end="")
         self.begun = True
 
     def close(self) -> None:
         _print("\n]" if self.begun else "[]")
 
 
-class _JsonlWriter(_Writer):
-    def write(self, result: FileResult) -> None:
-        _print(_dumps(self.record(result)))
+class _JsonlWriter(_RecordWriter):
+    def _record(self, record: dict[str, Any]) -> None:
+        _print(_dumps(record))
 
 
 class _CsvWriter(_Writer):
+    """A row for each photo and for each segment of a video, and one for each error of a video."""
+
     columns = (
         *("path", "caption", "confidence", "score", "log_probability", "finished"),
-        *("error", "model", "schema", "words", "n_best", "guesses"),
+        *("error", "model", "schema", "words", "n_best", "guesses", "start", "end"),
     )
 
-    def write(self, result: FileResult) -> None:
-        record = self.record(result)
-        row = ["" if record.get(column) is None else record[column] for column in self.columns]
-        self._header()
-        self._row([_dumps(cell) if isinstance(cell, (bool, list)) else cell for cell in row])
+    def write(self, result: FileResult | ClipResult) -> None:
+        from captioner.batch import ClipResult
+
+        if isinstance(result, ClipResult):
+            if result.error is None:
+                return
+            result = replace(result, caption=None)  # its rows are there already
+        self._cells(self.record(result))
+
+    def write_live(self, source: str, segment: Segment) -> None:
+        self._segment(source, segment)
 
     def close(self) -> None:
         self._header()
+
+    def _segment(self, path: str, segment: Segment) -> None:
+        from captioner.caption import SCHEMA_VERSION
+
+        self._cells({"path": path, "schema": SCHEMA_VERSION, "model": self.model, **segment.to_dict()})
+
+    def _cells(self, record: dict[str, Any]) -> None:
+        row = ["" if record.get(column) is None else record[column] for column in self.columns]
+        self._header()
+        self._row([_dumps(cell) if isinstance(cell, (bool, list)) else cell for cell in row])
 
     def _header(self) -> None:
         if not self.begun:
@@ -1142,6 +1661,75 @@ def evaluate(
             _print(_dumps(records if config is not None else next(iter(records.values())), indent=2))
             return
         _print("\n\n".join(evaluation.format() for evaluation in evaluations.values()))
+
+
+# --------------------------------------------------------------------------------------------------
+# demo
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Where to listen; 0: any free port. [default: the first free one from 7860]",
+            metavar="N",
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.", metavar="HOST")
+    ] = "127.0.0.1",
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")] = False,
+    root_path: Annotated[
+        str,
+        typer.Option(help="Where a proxy shows the page: /captioner.", metavar="PATH", show_default=False),
+    ] = "",
+    ssl_certfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --ssl-keyfile: serve over TLS. Browsers lend a camera to pages of other machines only so.",
+            metavar="FILE",
+        ),
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="See --ssl-certfile.", metavar="FILE")] = None,
+    max_megapixels: Annotated[
+        float, typer.Option(help="Of a photo; larger ones are refused.", metavar="X")
+    ] = 50.0,
+    max_mb: Annotated[
+        float, typer.Option(help="Of an uploaded file, in millions of bytes.", metavar="X")
+    ] = 50.0,
+    max_seconds: Annotated[float, typer.Option(help="Of a video.", metavar="X")] = 300.0,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Open a page to try it: photos, words to touch, parts to box.
+
+    The page asks nothing of other machines. It also has an API: see the link at its foot.
+    """
+    with _mistakes("fewer --threads, or --device cpu"):
+        try:
+            from captioner_demo import Limits, serve
+        except ImportError as error:
+            _fail(f'this needs {error.name}, which is not installed: pip install "captioner[demo]"')
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        serve(
+            model,
+            host=host,
+            port=port,
+            device=device,
+            limits=Limits(megapixels=max_megapixels, mb=max_mb, seconds=max_seconds),
+            browser=not no_browser,
+            root_path=root_path,
+            ssl_certfile=ssl_certfile,
+            ssl_keyfile=ssl_keyfile,
+            say=_print,
+        )
 
 
 if __name__ == "__main__":

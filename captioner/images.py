@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Union
@@ -778,21 +778,26 @@ def _too_large(name: str, width: int, height: int) -> ImageError:
 # Folders and patterns.
 
 
-def find_images(paths: Iterable[str | os.PathLike[str]], recursive: bool = False) -> list[Path]:
+def find_images(
+    paths: Iterable[str | os.PathLike[str]],
+    recursive: bool = False,
+    suffixes: Set[str] = PHOTO_SUFFIXES,
+) -> list[Path]:
     """Expand files, folders and patterns into the pictures they stand for.
 
     - A file is taken as it is, whatever its suffix. So is a path that does not exist: whoever opens it
       reports the error in its place.
-    - A folder stands for the files in it that end in one of `PHOTO_SUFFIXES`, sorted by path. Hidden files
+    - A folder stands for the files in it that end in one of ``suffixes``, sorted by path. Hidden files
       and folders are skipped. A sub-folder that cannot be listed is kept as a path, for the same reason.
     - A pattern (``*``, ``?``, ``[...]`` and, for any depth, ``**``) is expanded if no such file exists, and
       sorted. With a suffix it stands for all files that match; with an open end (``photos/*``) for the
-      photos among them. Folders that match are listed like folders given by name, except after ``**``.
+      files with such a suffix. Folders that match are listed like folders given by name, except after ``**``.
 
     Args:
         paths: any number of them; a single path counts as one.
         recursive: also list the sub-folders of folders; every folder is visited once, through whichever
             symbolic links it is reached.
+        suffixes: in lower case, with the dot; those of photos unless videos are wanted, too.
 
     Raises:
         ImageError: a folder without pictures, or a pattern that matches none; the message names it.
@@ -805,34 +810,35 @@ def find_images(paths: Iterable[str | os.PathLike[str]], recursive: bool = False
         if not path:
             raise ImageError("'': the path is empty; give a file, a folder or a pattern")
         if os.path.isdir(path):
-            names = sorted(_list_photos(path, recursive))
+            names = sorted(_list_photos(path, recursive, suffixes))
             if not names:
-                raise _no_pictures(path, recursive)
+                raise _no_pictures(path, recursive, suffixes)
         elif not os.path.lexists(path) and glob.has_magic(path):
-            names = _expand(path, recursive)
+            names = _expand(path, recursive, suffixes)
             if not names:
-                raise ImageError(f"{_name(path)}: no picture matches this pattern; check it")
+                kind = "picture or video" if suffixes - PHOTO_SUFFIXES else "picture"
+                raise ImageError(f"{_name(path)}: no {kind} matches this pattern; check it")
         else:
             names = [path]
         found.extend(map(Path, names))
     return found
 
 
-def _expand(pattern: str, recursive: bool) -> list[str]:
+def _expand(pattern: str, recursive: bool, suffixes: Set[str]) -> list[str]:
     suffix = os.path.splitext(pattern)[1]
     anything = suffix not in ("", ".") and not glob.has_magic(suffix)
     names: set[str] = set()
     for path in glob.iglob(pattern, recursive=True):
         if os.path.isdir(path):
             if "**" not in pattern:
-                names.update(_list_photos(path, recursive))
-        elif anything or _is_photo(path):
+                names.update(_list_photos(path, recursive, suffixes))
+        elif anything or _ends_in(path, suffixes):
             names.add(path)
     return sorted(names)
 
 
-def _list_photos(folder: str, recursive: bool) -> Iterator[str]:
-    """Yield the photos in a folder, and what cannot be listed below it."""
+def _list_photos(folder: str, recursive: bool, suffixes: Set[str]) -> Iterator[str]:
+    """Yield the files of a folder with such a suffix, and what cannot be listed below it."""
     pending, seen = [folder], set()
     while pending:
         here = pending.pop()
@@ -851,24 +857,26 @@ def _list_photos(folder: str, recursive: bool) -> Iterator[str]:
             continue
         below = []
         for entry in visible:
-            if _is_photo(entry.name) and (entry.is_file() or _is_broken_link(entry)):
+            if _ends_in(entry.name, suffixes) and (entry.is_file() or _is_broken_link(entry)):
                 yield entry.path
             elif recursive and entry.is_dir():
                 below.append(entry.path)
         pending.extend(sorted(below, reverse=True))
 
 
-def _is_photo(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in PHOTO_SUFFIXES
+def _ends_in(path: str, suffixes: Set[str]) -> bool:
+    return os.path.splitext(path)[1].lower() in suffixes
 
 
 def _is_broken_link(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-def _no_pictures(folder: str, recursive: bool) -> ImageError:
+def _no_pictures(folder: str, recursive: bool, suffixes: Set[str]) -> ImageError:
     where = "this folder or its sub-folders" if recursive else "this folder"
-    hint = "pictures end in .jpg, .png, .webp, .heic, ..."
-    if not recursive and any(_is_photo(path) for path in _list_photos(folder, True)):
+    kinds, hint = "pictures", "pictures end in .jpg, .png, .webp, .heic, ..."
+    if suffixes - PHOTO_SUFFIXES:
+        kinds, hint = "pictures or videos", "they end in .jpg, .png, .heic, .mp4, .mov, .webm, ..."
+    if not recursive and any(_ends_in(path, suffixes) for path in _list_photos(folder, True, suffixes)):
         hint = "use --recursive to look into its sub-folders"
-    return ImageError(f"{_name(folder)}: no pictures in {where}; {hint}")
+    return ImageError(f"{_name(folder)}: no {kinds} in {where}; {hint}")

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,17 @@ from lively import lively_captioner, pictures
 from PIL import Image
 
 from captioner import Captioner
-from captioner.batch import FileResult, ahead, caption_files, to_record
-from captioner.caption import SCHEMA_VERSION
+from captioner.batch import (
+    ClipResult,
+    FileResult,
+    ahead,
+    caption_files,
+    caption_media,
+    find_files,
+    to_record,
+)
+from captioner.caption import SCHEMA_VERSION, Segment, clock
+from captioner.images import ImageError, find_images
 
 
 @pytest.fixture
@@ -35,7 +45,7 @@ def paths_of(folder: Path, count: int = 20) -> list[Path]:
     return [folder / f"{i:02}.png" for i in range(count)]
 
 
-def texts(results: list[FileResult]) -> list[str | None]:
+def texts(results: Sequence[FileResult | ClipResult]) -> list[str | None]:
     return [result.caption.text if result.caption else None for result in results]
 
 
@@ -181,6 +191,144 @@ def test_paths_are_read_as_they_are_needed(folder: Path, captioner: Captioner) -
         next(results)
     assert taken <= 20
     results.close()  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------------
+# Photos and videos
+
+
+@pytest.fixture(scope="module")
+def clip(folder: Path) -> Path:
+    """An animation of eight pictures, a second each; not to be changed."""
+    frames = [Image.fromarray(picture).resize((96, 64)) for picture in pictures(8)]
+    path = folder / "clip.webp"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000, lossless=True)
+    return path
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_photos_and_videos_in_order(size: int, folder: Path, clip: Path, captioner: Captioner) -> None:
+    photos = paths_of(folder, 6)
+    gone = folder / "gone.mp4"
+    paths = [clip, *photos[:3], gone, clip, *photos[3:]]
+    read: list[tuple[str, float]] = []
+    said: list[tuple[str, Segment]] = []
+    results = list(
+        caption_media(
+            captioner,
+            paths,
+            batch_size=size,
+            clips={"segment": 2, "end": 6},
+            progress=lambda path, seconds: read.append((path, seconds)),
+            said=lambda path, segment: said.append((path, segment)),
+        )
+    )
+    assert [result.path for result in results] == [str(path) for path in paths]
+    assert [isinstance(result, ClipResult) for result in results] == [path in (clip, gone) for path in paths]
+    expected = captioner.caption_video(clip, segment=2, end=6)
+    assert len(expected.segments) >= 2
+    for place in (0, 5):
+        assert results[place].caption.text == expected.text
+        assert results[place].caption.duration == expected.duration == 6
+        assert results[place].error is None
+        assert results[place].seconds > 0
+    assert texts(results[1:4]) + texts(results[6:]) == [captioner.caption(photo).text for photo in photos]
+    assert (results[4].caption, results[4].error) == (
+        None,
+        f"{gone}: there is no such file; check the path",
+    )
+    assert [path for path, _ in said] == [str(clip)] * len(said)
+    assert [segment for _, segment in said] == [
+        *results[0].caption.segments,
+        *results[5].caption.segments,
+    ]
+    assert max(seconds for _, seconds in read) == 6
+    json.dumps(to_record(results[0], "tiny", attention=True), allow_nan=False)
+
+
+def test_seeds_count_photos_and_videos(folder: Path, clip: Path, captioner: Captioner) -> None:
+    photo = folder / "00.png"
+    paths = [photo, clip, photo, photo, clip]
+    results = texts(list(caption_media(captioner, paths, sample=True, seed=9)))
+    assert results == [
+        captioner.caption_video(path, sample=True, seed=9 + i).text
+        if path == clip
+        else captioner.caption(path, sample=True, seed=9 + i).text
+        for i, path in enumerate(paths)
+    ]
+
+
+def test_a_region_that_misses_a_video(folder: Path, clip: Path, captioner: Captioner) -> None:
+    wide = folder.parent / "wide.png"
+    Image.fromarray(pictures(1)[0]).resize((200, 90)).save(wide)
+    box = (120, 0, 180, 60)
+    results = list(caption_media(captioner, [clip, wide], region=box))
+    assert results[0].error == f"{clip}: region 120,0,180,60 lies outside the photo (96x64 pixels)"
+    assert texts(results) == [None, captioner.caption(wide, region=box).text]
+    inside = (0, 0, 48, 32)
+    (result,) = caption_media(captioner, [clip], region=inside)
+    assert texts([result]) == [captioner.caption_video(clip, region=inside).text]
+
+
+def test_a_person_who_stops_a_video_keeps_what_was_captioned(clip: Path, captioner: Captioner) -> None:
+    def stop(path: str, segment: Segment) -> None:
+        raise KeyboardInterrupt
+
+    results = caption_media(captioner, [clip, clip], clips={"segment": 2}, said=stop)
+    first = next(results)
+    assert isinstance(first, ClipResult)
+    assert first.caption is not None
+    assert len(first.caption.segments) == 1
+    assert first.error == f"{clip}: interrupted at {clock(first.caption.segments[0].end)}"
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+
+
+def test_files_are_looked_at_as_they_are_needed(folder: Path, clip: Path, captioner: Captioner) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield clip if taken % 4 == 0 else folder / "00.png"
+
+    results = caption_media(captioner, endless(), batch_size=2, clips={"end": 1})
+    for _ in range(12):
+        next(results)
+    assert taken <= 16
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_impossible_wishes_are_refused_before_any_file(captioner: Captioner) -> None:
+    def paths() -> Iterator[str]:
+        raise AssertionError("read")
+        yield ""
+
+    with pytest.raises(ValueError, match="'zebra' is not in"):
+        caption_media(captioner, paths(), must=["zebra"])
+
+
+def test_finding_photos_and_videos(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.mp4", "c.MoV", "d.ts", "notes.txt", ".hidden.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "e.webm").touch()
+
+    def names(found: list[Path]) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in found]
+
+    assert names(find_files([tmp_path])) == ["a.mp4", "b.JPG", "c.MoV"]
+    assert names(find_files([tmp_path], recursive=True)) == ["a.mp4", "b.JPG", "c.MoV", "deep/e.webm"]
+    assert names(find_files([tmp_path / "*"])) == ["a.mp4", "b.JPG", "c.MoV", "deep/e.webm"]
+    assert names(find_files([tmp_path / "*.ts", tmp_path / "notes.txt"])) == ["d.ts", "notes.txt"]
+    assert names(find_images([tmp_path])) == ["b.JPG"]
+    (tmp_path / "none" / "below").mkdir(parents=True)
+    with pytest.raises(ImageError, match="no pictures or videos in this folder; they end in"):
+        find_files([tmp_path / "none"])
+    (tmp_path / "none" / "below" / "f.mkv").touch()
+    with pytest.raises(ImageError, match="use --recursive"):
+        find_files([tmp_path / "none"])
 
 
 # --------------------------------------------------------------------------------------------------

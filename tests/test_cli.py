@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +16,17 @@ import gradio.media
 import numpy as np
 import pytest
 import torch
+from cli_runs import Run, launch, modules_after, run_here, save, save_lively, the_caption
 from conftest import make_header
 from lively import make_calibration, make_lively_model, pictures
 from PIL import Image
 
-from captioner import Captioner, __version__, checkpoint, cli
-from captioner import captioner as captioner_module
-
-
-@dataclass
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return json.loads(self.out)
-
-    @property
-    def complaints(self) -> list[str]:
-        """The lines on stderr, each of which must be one of ours."""
-        lines = self.err.splitlines()
-        assert all(line.startswith("captioner: ") for line in lines), self.err
-        return [line.removeprefix("captioner: ") for line in lines]
-
-
-Run = Callable[..., Outcome]
+from captioner import Captioner, __version__, checkpoint
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "lively.safetensors"
-    lively = make_lively_model()
-    header = make_header(
-        lively, name="lively", summary={"data": {"none": {"pictures": 3, "note": "made up"}}}
-    )
-    checkpoint.save(path, lively, header)
-    return path
+    return save_lively(tmp_path_factory.mktemp("model") / "lively.safetensors")
 
 
 @pytest.fixture
@@ -65,30 +34,7 @@ def run(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Run:
     """Run ``captioner ARGUMENTS`` in this process and an empty folder; with the lively model by default."""
-    monkeypatch.setattr(captioner_module, "BUILT_IN", model)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["captioner", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Outcome(int(stop.value.code or 0), out, err)
-
-    return run
-
-
-def save(path: Path | str | bytes, place: int = 0) -> Path:
-    """Write the picture of that number; the content does not depend on the suffix."""
-    with open(path, "wb") as file:
-        Image.fromarray(pictures(place + 1)[place]).save(file, "PNG")
-    return Path(os.fsdecode(path))
-
-
-def the_caption(model: Path, photo: object, **options: object) -> str:
-    return Captioner.load(model, device="cpu").caption(photo, **options).text
+    return run_here(model, capsys, monkeypatch, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,7 +256,7 @@ def test_bad_files_get_a_line_each(run: Run, model: Path) -> None:
         ("empty.jpg", "the file is empty"),
         ("text.jpg", "not a picture"),
         ("cut.png", "truncated"),
-        ("folder", "no pictures in this folder"),
+        ("folder", "no pictures or videos in this folder"),
         ("bomb.png", "million pixels"),
     ):
         assert any(line.startswith(name) and reason in line for line in outcome.complaints), name
@@ -320,6 +266,7 @@ def test_bad_files_get_a_line_each(run: Run, model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
+        ([], "give a photo, a video, a folder or a pattern"),
         (["a.png", "--must", "zebra"], "the required word 'zebra' is not in the model's vocabulary"),
         (["a.png", "--device", "warp"], "unknown device 'warp'"),
         (["a.png", "--region", "1,2,3"], "--region 1,2,3: expected four numbers"),
@@ -360,7 +307,6 @@ def test_wrong_wishes_are_one_line(arguments: list[str], reason: str, run: Run) 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "Missing argument"),
         (["a.png", "--beams", "3"], "No such option"),
         (["a.png", "--beam", "many"], "'--beam'"),
         (["a.png", "--precision", "int8"], "int8"),
@@ -762,35 +708,6 @@ def test_wrong_wishes_of_evaluate(arguments: list[str], reason: str, run: Run) -
 # In a process of its own
 
 
-def command(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-    """Start ``python -m captioner ARGUMENTS``."""
-    root = str(Path(cli.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "captioner", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-        **options,
-    )
-
-
-def modules_after(*arguments: object) -> set[str]:
-    """Return what is imported after a command, by the name up to the first dot."""
-    code = (
-        "import sys\n"
-        f"sys.argv = ['captioner', *{[str(a) for a in arguments]!r}]\n"
-        "from captioner.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as stop: assert not stop.code, stop.code\n"
-        "print({name.split('.')[0] for name in sys.modules}, file=sys.stderr)\n"
-    )
-    root = str(Path(cli.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
-    return eval(done.stderr.splitlines()[-1])
-
-
 def test_help_does_without_torch() -> None:
     assert not {"torch", "numpy", "PIL", "gradio", "captioner_training"} & modules_after("caption", "--help")
 
@@ -817,7 +734,7 @@ def test_ctrl_c(model: Path, tmp_path: Path) -> None:
     photo = save(tmp_path / "a.png")
     for i in range(5000):
         (tmp_path / f"{i}.png").symlink_to(photo)
-    process = command("caption", tmp_path, "-m", model, "--json")
+    process = launch("caption", tmp_path, "-m", model, "--json")
     assert process.stdout is not None
     assert process.stderr is not None
     begun = process.stdout.readline() + process.stdout.readline()
@@ -832,7 +749,7 @@ def test_the_first_line_of_many(model: Path, tmp_path: Path) -> None:
     photo = save(tmp_path / "a.png")
     for i in range(5000):
         (tmp_path / f"{i}.png").symlink_to(photo)
-    process = command("caption", tmp_path, "-m", model)
+    process = launch("caption", tmp_path, "-m", model)
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline()

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from captioner import Captioner
-from captioner.batch import FileResult, caption_files, to_record
+from captioner.batch import ClipResult, FileResult, caption_files, caption_media, to_record
 from captioner.caption import SCHEMA_VERSION, SURE
 from captioner.cli import app
 
@@ -39,7 +39,9 @@ def tables() -> list[dict[str, str]]:
     return [dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", block, re.MULTILINE)) for block in blocks]
 
 
-CAPTION, WORD, ALTERNATIVE, ATTENTION, WORD_ATTENTION, FIT, N_BEST, FURTHER, FILE, FAILED = tables()
+CAPTION, WORD, ALTERNATIVE, ATTENTION, WORD_ATTENTION, FIT, N_BEST, FURTHER, VIDEO, SEGMENT, FILE, FAILED = (
+    tables()
+)
 
 
 def agree(record: dict[str, Any], *documented: dict[str, str]) -> None:
@@ -139,9 +141,27 @@ def test_files(captioner, photo):
     agree(to_record(FileResult("a.jpg", None, "why"), "tiny", attention=True), FAILED)
 
 
-def test_the_example_is_a_record():
-    example = json.loads(re.findall(r"```json\n(.*?)```", RECORDS, re.DOTALL)[0])
-    agree_all(example, CAPTION, N_BEST, FILE)
+def test_the_examples_are_records():
+    photo, clip = map(json.loads, re.findall(r"```json\n(.*?)```", RECORDS, re.DOTALL))
+    agree_all(photo, CAPTION, N_BEST, FILE)
+    agree(clip, VIDEO, FILE)
+    (segment,) = clip["segments"]
+    agree({**segment, "schema": 1}, CAPTION, SEGMENT)
+
+
+def test_videos(captioner, photo):
+    clip = photo.with_name("clip.gif")
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(clip, save_all=True, append_images=frames[1:], duration=500)
+    (result,) = caption_media(captioner, [clip], n_best=2)
+    record = to_record(result, "tiny", attention=True)
+    agree(record, VIDEO, FILE)
+    assert record["segments"]
+    for segment in record["segments"]:
+        agree_all({**segment, "schema": 1}, CAPTION, ATTENTION, N_BEST, SEGMENT, attention=True)
+        for word in segment["words"]:
+            assert len(word["attention"]) == len(segment["times"])
+    agree(to_record(ClipResult("a.mp4", None, "why"), "tiny"), FAILED)
 
 
 def test_the_csv_has_the_columns_that_are_documented(photo, tiny_checkpoint):
@@ -155,7 +175,7 @@ def test_the_csv_has_the_columns_that_are_documented(photo, tiny_checkpoint):
     assert cells["n_best"] == cells["error"] == ""
     for word in json.loads(cells["words"]):
         agree(word, WORD)
-    assert set(columns) == {*CAPTION, *FILE, *N_BEST}
+    assert set(columns) == {*CAPTION, *FILE, *N_BEST, "start", "end"}
 
 
 def test_the_numbers_that_are_quoted():
