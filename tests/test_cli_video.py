@@ -31,7 +31,7 @@ from lively import pictures
 from PIL import Image
 from test_video import CLIPS, Camera, write, write_sound
 
-from captioner import Captioner, cli
+from captioner import Captioner, cli, outputs
 from captioner.caption import Caption, Segment, VideoCaption, Word, clock, plain_text
 from captioner.images import Fit
 
@@ -415,7 +415,7 @@ def test_many_frames_are_drawn_as_few() -> None:
     words = (Word("dog", 0.5, 0.5, attention=attention), Word("runs", 0.5, 0.5))
     caption = Caption("dog runs", words, -1.0, -2.0, 0.5, True, (2, 2), Fit("squash", 64, 64, (0, 0, 64, 64)))
     segment = Segment(0, 100, replace(caption, times=np.arange(100, dtype=np.float32)))
-    few = cli._thinned(segment)
+    few = outputs.thinned(segment)
     assert len(few.times) == 24
     assert all(after > before for before, after in pairwise(few.times))
     weights = few.caption.words[0].attention
@@ -425,7 +425,7 @@ def test_many_frames_are_drawn_as_few() -> None:
     assert weights[0] == pytest.approx(attention[:4].sum(0))  # the first of 24 stretches of 100 frames
     assert few.caption.words[1].attention is None
     short = replace(segment, caption=replace(caption, times=np.arange(24, dtype=np.float32)))
-    assert cli._thinned(short) is short
+    assert outputs.thinned(short) is short
 
 
 def test_an_overlay_never_replaces_a_clip(run: Run, clip: str) -> None:

