@@ -98,6 +98,7 @@ class Numbered:
     """Stands in for a cache: a feature tells which picture and variant it is of."""
 
     variants = 4
+    frames = 1
 
     def __init__(self, source):
         self.source = source

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import yaml
 from captioner_training import config as configs
+from captioner_training.compare import make_grid
 from captioner_training.config import ConfigError, TrainingConfig, load_config
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from shape_data import plain_config, stage
 
 from captioner.decoder import Decoder, DecoderConfig
+from captioner.frame_encoder import FrameConfig
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -45,7 +47,28 @@ def mistake(path: Path) -> str:
 
 
 def test_every_shipped_config_is_found():
-    assert {path.stem for path in SHIPPED} >= {"builtin", "small", "coco_resnet101", "flickr30k", "compare"}
+    photos = {"builtin", "small", "coco_resnet101", "flickr30k", "compare"}
+    clips = {"msvd", "msvd_fine_tuned", "msrvtt", "msrvtt_fine_tuned", "compare_frames"}
+    assert {path.stem for path in SHIPPED} >= photos | clips
+
+
+@pytest.mark.parametrize("name", ["msvd", "msvd_fine_tuned", "msrvtt", "msrvtt_fine_tuned"])
+def test_each_frame_encoder_is_a_value_away(name):
+    """Frozen and fine-tuned, on both sets: what the configs' heads tell people to vary."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert config.stages[0].trainable_blocks == 0
+    assert any(stage.trainable_blocks for stage in config.stages) == name.endswith("fine_tuned")
+    grid = {"video.cell": ["none", "gru", "lstm"], "video.bidirectional": [False, True]}
+    frames = "start.frames" if config.start else "decoder.frames"
+    runs = make_grid(config, {**grid, frames: ["joint", "factorised", "mean"]}, 1, "")
+    shapes = [(run.config.video.build(), with_frames_of(run.config)) for run in runs]
+    assert len(set(shapes)) == len(runs) == 5 * 3
+    kinds = {None if s is None else (s.cell, s.bidirectional) for s, _ in shapes}
+    assert kinds == {None, *((c, b) for c in ("gru", "lstm") for b in (False, True))}
+
+
+def with_frames_of(config):
+    return config.start.frames if config.start else config.decoder.frames
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -82,6 +105,7 @@ def test_what_is_left_out_has_the_library_s_defaults(tmp_path):
         "decoder.hiden",
         "loss.smoothing",
         "stages.0.epoch",
+        "video.every",
         "search.beams",
     ],
 )
@@ -128,6 +152,16 @@ def test_an_unknown_key_is_named(tmp_path, key):
         ("loss.label_smoothing", 1.0),
         ("loss.reduction", "mean"),
         ("loss.doubly_stochastic", -0.1),
+        ("decoder.frames", "all"),
+        ("decoder.frame_attention_width", 0),
+        ("video.frames", 0),
+        ("video.frames", 16.0),
+        ("video.cell", "GRU"),
+        ("video.over", "regions"),
+        ("video.width", 0),
+        ("video.positions", -1),
+        ("video.bidirectional", 1),
+        ("video", None),
         ("stages", []),
         ("stages.0.sources", {}),
         ("stages.0.sources.shapes", 0),
@@ -171,6 +205,28 @@ def test_there_must_be_something_to_validate_on(tmp_path):
     plain = plain_config()
     plain["data"]["validation"] = {}
     assert "data.validation" in mistake(written(tmp_path, plain))
+
+
+def test_what_reads_no_frames_reads_them_in_no_direction(tmp_path):
+    message = mistake(written(tmp_path, changed("video.bidirectional", True)))
+    assert message.startswith("video: bidirectional needs a cell")
+
+
+def test_without_attention_there_is_nothing_to_factorise(tmp_path):
+    plain = changed("decoder.frames", "factorised")
+    plain["decoder"]["attention"] = "none"
+    message = mistake(written(tmp_path, plain))
+    assert message == "decoder: frames: factorised needs an attention within each frame, additive or dot"
+
+
+def test_the_frame_encoder_is_the_library_s(tmp_path):
+    plain = changed("video", {"frames": 8})
+    assert load_config(written(tmp_path, plain)).video.build() is None
+    plain["video"].update(cell="lstm", bidirectional=True, over="frames", width=12, positions=3)
+    config = load_config(written(tmp_path, plain)).video
+    assert config.build() == FrameConfig("lstm", True, "frames", 12, 3)
+    assert configs.VideoSection(positions=4).build() == FrameConfig(positions=4)
+    assert configs.VideoSection(cell="gru").build() == FrameConfig(cell="gru")  # the same defaults
 
 
 def test_numbers_may_be_written_with_an_exponent(tmp_path):
@@ -246,6 +302,7 @@ def sections() -> dict[str, type[BaseModel]]:
         "encoder.": configs.EncoderConfig,
         "tokenizer.": configs.TokenizerConfig,
         "decoder.": configs.DecoderSection,
+        "video.": configs.VideoSection,
         "concepts.": configs.ConceptsConfig,
         "loss.": configs.LossConfig,
         "stages[].": configs.StageConfig,

@@ -293,7 +293,7 @@ def test_the_size_is_told_before_and_is_what_is_written(tmp_path, data, encoder,
 
 
 def test_how_long_it_takes_is_told_where_it_is_long(capsys):
-    with features.tqdm(total=1000, desc="features of shapes") as bar:
+    with features.tqdm(total=1000, desc="features of shapes", unit="picture") as bar:
         features._estimate(bar, 290, 2, 10)
         assert "minutes" not in capsys.readouterr().err
         features._estimate(bar, 600, 2, 10)

@@ -15,6 +15,7 @@ from captioner_training.config import StartConfig, load_config
 from captioner_training.data import DataError, load_data_set
 from captioner_training.experiment import Experiment, build_tokenizer
 from captioner_training.prepare import config_text, prepare
+from clip_data import write_clip, write_sound, write_truncated
 from PIL import Image
 from pycocotools.coco import COCO
 from shape_data import COMBINATIONS, captions, draw, write_tar
@@ -639,9 +640,8 @@ def test_texts_of_kept_out_pictures_enter_nothing(tmp_path, tiny_checkpoint):
 
 
 def test_videos(tmp_path):
-    (tmp_path / "clips").mkdir()
     for n in range(4):
-        (tmp_path / "clips" / f"video{n}.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes([n]) * 50)
+        write_clip(tmp_path / "clips" / f"video{n}.mp4", start=n)
     shutil.copy(tmp_path / "clips" / "video0.mp4", tmp_path / "clips" / "video4.mp4")
     (tmp_path / "clips" / "video5.webm").write_bytes(b"")
     data = {
@@ -666,14 +666,36 @@ def test_videos(tmp_path):
     (clip,) = train["images"]
     assert clip["file_name"] == "video1.mp4"
     assert (clip["start"], clip["end"], clip["cut"]) == (1.5, 10.5, True)
-    assert not (tmp_path / "data" / "config.yaml").exists()
-    assert "captioner train" not in result.stdout
+    config = load_config(tmp_path / "data" / "config.yaml")
+    assert (config.start.model, config.video.frames, config.video.cell) == ("built-in", 16, "gru")
+    assert "captioner train" in result.stdout
+    assert "fewer than 20 validation clips" in result.stdout
+
+
+def test_clips_that_cannot_be_used_are_told_of_at_once(tmp_path):
+    clips = tmp_path / "clips"
+    write_clip(clips / "good.avi")
+    write_truncated(clips / "short.avi")
+    write_sound(clips / "sound.mp4")
+    (clips / "page.mp4").write_bytes(b"<!DOCTYPE html><html></html>")
+    (clips / "no.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(50))
+    write_csv(tmp_path / "a.csv", [[f.name, "a clip"] for f in sorted(clips.iterdir())], ("video", "caption"))
+    prepared = prepare([tmp_path / "a.csv"], [clips], tmp_path / "data")
+    assert prepared.stopped
+    reasons = {bad["file"]: bad["reason"] for bad in prepared.report["unreadable"]}
+    assert reasons.keys() == {"short.avi", "sound.mp4", "page.mp4", "no.mp4"}
+    assert reasons["short.avi"].startswith("the file is truncated; nothing could be read after 1.")
+    assert reasons["sound.mp4"] == "there is sound, but no pictures in it; give a video"
+    assert "a web page" in reasons["page.mp4"]
 
 
 def test_clips_of_one_long_video_are_different(tmp_path):
-    (tmp_path / "AbCdEfGhIjK.avi").write_bytes(b"RIFF....AVI one")
-    (tmp_path / "a.txt").write_text("".join(f"AbCdEfGhIjK_{n}_{n + 5} clip {n}\n" for n in range(4)))
-    prepared = prepare([tmp_path / "a.txt"], [], tmp_path / "data", val=0.25, test=0.25)
+    write_clip(tmp_path / "AbCdEfGhIjK.avi", seconds=6, rate=2)
+    names = [f"AbCdEfGhIjK_{n}_{n + 5} clip {n}\n" for n in (*range(4), 9)]
+    (tmp_path / "a.txt").write_text("".join(names))
+    prepared = prepare([tmp_path / "a.txt"], [], tmp_path / "data", val=0.25, test=0.25, allow_missing=True)
+    (late,) = prepared.report["unreadable"]
+    assert late["reason"] == "the clip begins at 9 s, and the video ends at 6.00 s"
     assert prepared.report["duplicates"] == {"across_splits": [], "within_split": []}
     assert [c["pictures"] for c in prepared.report["splits"].values()] == [2, 1, 1]
     clip = json.loads((tmp_path / "data" / "val.json").read_text())["images"][0]
@@ -688,7 +710,7 @@ def test_msvds_customary_splits(tmp_path):
         (tmp_path / "clips" / f"{name}.avi").write_bytes(name.encode())
     shuffled = random.Random(0).sample(names, len(names))
     (tmp_path / "all.txt").write_text("".join(f"{name} caption of {name}\n" for name in shuffled))
-    prepare([tmp_path / "all.txt"], [tmp_path / "clips"], tmp_path / "data")
+    prepare([tmp_path / "all.txt"], [tmp_path / "clips"], tmp_path / "data", decode=False)
     expected = {"train": names[:1200], "val": names[1200:1300], "test": names[1300:]}
     for split, stems in expected.items():
         assert sorted(files(tmp_path / "data", split)) == [f"{stem}.avi" for stem in stems]

@@ -1,7 +1,8 @@
-"""Go on from a trained captioner on pictures of one's own: load it, add the new words, set its dropout.
+"""Go on from a trained captioner on data of one's own: load it, add what is new, set its dropout.
 
 New words get new rows at the end of the vocabulary; every old word keeps its id and, to the bit, its
-embedding, output weights and bias.
+embedding, output weights and bias. A new frame encoder's states get new columns, of zeros, in the projection
+of the cells: at first the captioner says of clips what it said without it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from captioner import checkpoint
 from captioner.captioner import BUILT_IN
+from captioner.frame_encoder import FrameConfig
 from captioner.model import CaptionModel
 from captioner.tokenizer import SPECIAL, UNKNOWN, WordTokenizer, split_words
-from captioner_training.config import ConfigError, StartConfig
+from captioner_training.config import ConfigError, StartConfig, VideoSection
 
 BUILT_IN_NAME = "built-in"
 """What a config says for the model that comes with captioner."""
@@ -41,16 +43,19 @@ class Start(NamedTuple):
     lines: list[str]
 
 
-def begin(config: StartConfig, captions: Iterable[str], *, min_count: int) -> Start:
+def begin(
+    config: StartConfig, captions: Iterable[str], *, min_count: int, video: VideoSection | None = None
+) -> Start:
     """Do all that a config's ``start`` asks for.
 
     Args:
         config: the section.
         captions: of the training pictures alone.
         min_count: a new word must occur so often in them.
+        video: the section on clips; None for its defaults.
 
     Raises:
-        ConfigError: if the checkpoint cannot be used.
+        ConfigError: if the checkpoint cannot be used, or has another frame encoder.
     """
     loaded = start_from(config.model)
     sentences = list(captions)
@@ -64,6 +69,10 @@ def begin(config: StartConfig, captions: Iterable[str], *, min_count: int) -> St
         lines.append("start: no words are added: its tokens are byte pairs, and every word is made of them")
     else:
         lines += describe(words, model, sentences)
+    wanted = None if video is None else video.build()
+    if wanted is not None or config.frames is not None:
+        model, added = with_frames(model, wanted, config.frames)
+        lines += added
     if config.dropout is not None:
         replace_dropout(model, config.dropout)
     if loaded.calibration is not None:
@@ -118,6 +127,68 @@ def extend(
     decoder.output.weight = decoder.embedding.weight if decoder.config.tied else nn.Parameter(weights)
     decoder.output.bias = nn.Parameter(bias)
     return extended, words
+
+
+def frame_config(model: CaptionModel) -> FrameConfig | None:
+    """Return the shape of a model's frame encoder; None if it has none."""
+    return None if model.frame_encoder is None else model.frame_encoder.config
+
+
+def with_frames(
+    model: CaptionModel, wanted: FrameConfig | None, frames: str | None
+) -> tuple[CaptionModel, list[str]]:
+    """Give a model a frame encoder, or another way to attend to several frames.
+
+    What the new parts contribute is zero at first: with ``joint`` attention the model says of a clip what it
+    said before, to rounding, and of a picture with every kind of attention.
+
+    Args:
+        model: stays as it is.
+        wanted: the frame encoder; None leaves the model's own, if it has one.
+        frames: see `captioner.decoder.DecoderConfig`; None leaves the model's own.
+
+    Returns:
+        a model that shares nothing with the other, and lines for the person who trains.
+
+    Raises:
+        ConfigError: if it has a frame encoder of another shape, or has no attention to factorise.
+    """
+    known = frame_config(model)
+    if known is not None and wanted is not None and known != wanted:
+        raise ConfigError(
+            f"video: the captioner under start has a frame encoder of its own ({_shape(known)}), and not "
+            f"{_shape(wanted)}: leave out video.cell and the like, which keeps it"
+        )
+    config = model.decoder.config
+    if frames == "factorised" and config.attention == "none":
+        raise ConfigError(
+            "start.frames: factorised needs an attention, and the captioner under start has none"
+        )
+    if frames is not None:
+        config = replace(config, frames=frames)
+    lines = []
+    if known is None and wanted is not None:
+        lines.append(f"start: a new frame encoder ({_shape(wanted)}), which changes nothing at first")
+    if config.frames != model.decoder.config.frames:
+        lines.append(f"start: attends to frames in another way: {config.frames}")
+    old = copy.deepcopy(model)
+    new = CaptionModel(old.encoder, config, old.tokenizer, wanted or known)
+    state = new.state_dict()
+    for name, tensor in old.state_dict().items():
+        if name in state:
+            state[name] = torch.zeros_like(state[name])
+            state[name][tuple(slice(n) for n in tensor.shape)] = tensor
+    new.load_state_dict(state)
+    if new.frame_encoder is not None and new.frame_encoder.positions is not None and known is None:
+        nn.init.zeros_(new.frame_encoder.positions.weight)
+    return new.train(model.training), lines
+
+
+def _shape(config: FrameConfig) -> str:
+    """Return what is not usual about a frame encoder, in the words of a config."""
+    usual = FrameConfig().to_dict()
+    changed = {key: value for key, value in config.to_dict().items() if value != usual[key]}
+    return ", ".join(f"{key}: {str(value).lower()}" for key, value in changed.items())
 
 
 def describe(words: list[str], model: CaptionModel, captions: Iterable[str]) -> list[str]:

@@ -14,16 +14,17 @@ from captioner_training.config import StageConfig
 from captioner_training.features import Features
 
 Place = tuple[str, int]
-"""A picture: the name of its source, and its index there."""
+"""A picture or clip: the name of its source, and its index there."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """N captions of P pictures, longest caption first; perhaps one process's part of a larger batch.
+    """N captions of P pictures or clips, longest caption first; perhaps one process's part of a larger batch.
 
     Attributes:
-        features: ``(P, R', D')`` of the last frozen block of the encoder.
-        mask: ``(P, R)`` of the grid.
+        features: ``(P, F * R', D')`` of the last frozen block of the encoder.
+        mask: ``(P, F * R)`` of the grid; frames that are padding have zeros.
+        frames: F.
         places: whose they are, P of them.
         picture: ``(N,)`` which of the P pictures each caption is of.
         tokens: ``(N, T + 1)`` from start to end and padding.
@@ -42,6 +43,7 @@ class Batch:
     all_tokens: int
     all_captions: int
     all_pictures: int
+    frames: int = 1
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device."""
@@ -117,6 +119,7 @@ def make_parts(
             tokens[i, : len(caption) + 1] = torch.tensor([START, *caption])
         # the seed is the whole batch's: a crop must not depend on who computes it
         data, mask = _read([chosen[p] for p in mine], [variants[p] for p in mine], features, str(seed))
+        frames = max(features[chosen[p][0]].frames for p in mine)
         parts.append(
             Batch(
                 features=data,
@@ -128,6 +131,7 @@ def make_parts(
                 all_tokens=sum(len(caption) for _, caption in captions),
                 all_captions=len(captions),
                 all_pictures=len(chosen),
+                frames=frames,
             )
         )
     return parts
@@ -136,7 +140,10 @@ def make_parts(
 def _read(
     places: Sequence[Place], variants: Sequence[int], features: Mapping[str, Features], seed: str
 ) -> tuple[Tensor, Tensor]:
-    """Read each source's pictures together, and put them into the order asked for."""
+    """Read each source's pictures together, and put them into the order asked for.
+
+    Where pictures stand beside clips they are padded to as many frames.
+    """
     data: list[Tensor] = []
     masks: list[Tensor] = []
     order: list[int] = []
@@ -149,4 +156,17 @@ def _read(
     if len(data) == 1:
         return data[0], masks[0]
     back = torch.tensor(order).argsort()
-    return torch.cat(data)[back], torch.cat(masks)[back]
+    return _padded(data)[back], _padded(masks)[back]
+
+
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """Join ``(n, C, …)`` along the first axis, with zeros where C is smaller."""
+    most = max(part.shape[1] for part in parts)
+    if all(part.shape[1] == most for part in parts):
+        return torch.cat(list(parts))
+    joined = parts[0].new_zeros(sum(map(len, parts)), most, *parts[0].shape[2:])
+    row = 0
+    for part in parts:
+        joined[row : row + len(part), : part.shape[1]] = part
+        row += len(part)
+    return joined

@@ -19,12 +19,14 @@ from captioner.batch import ahead
 from captioner.calibration import FEATURES, Calibration, caption_features, content_share, word_ranks
 from captioner.caption import SURE
 from captioner.captioner import Captioner, pool
+from captioner.encoder import GridFeatures
 from captioner.images import load
 from captioner.tokenizer import END, PAD, START, split_words
 from captioner_training import nothing
+from captioner_training.clips import trained_frames
 from captioner_training.config import TrainingConfig
 from captioner_training.data import DataError, DataSet, chunks, load_data_set
-from captioner_training.features import load_pixels
+from captioner_training.features import look_at
 
 _BATCH = 16
 _DIRECTIONS = 64
@@ -114,11 +116,14 @@ def familiar(captioner: Captioner, sources: Sequence[DataSet]) -> tuple[np.ndarr
     chance = random.Random(0)
     everything = [(data, i) for data in sources for i in range(len(data))]
     chosen = chance.sample(everything, min(_FAMILIAR, len(everything)))
-    encoder = captioner.model.encoder
 
     def work(batch: Sequence[int]) -> np.ndarray:
-        loaded = [load_pixels(chosen[i][0], [chosen[i][1]], encoder) for i in batch]
-        return pool(captioner.encode_pixels([(pixels[0].numpy(), fits[0]) for pixels, fits in loaded]))
+        mine = [chosen[i] for i in batch]
+        sets = {data.name: data for data, _ in mine}
+        parts = [[i for data, i in mine if data is one] for one in sets.values()]
+        return np.concatenate(
+            [pool(_look(captioner, d, part)) for d, part in zip(sets.values(), parts, strict=True)]
+        )
 
     pooled = _parallel(work, list(chunks(range(len(chosen)), _BATCH))).astype(np.float64)
     mean = pooled.mean(0)
@@ -135,10 +140,8 @@ def photo_samples(captioner: Captioner, space: Calibration, data: DataSet) -> li
     """Caption a data set and compare each caption with people's."""
 
     def work(batch: Sequence[int]) -> list[Sample]:
-        pixels, fits = load_pixels(data, batch, captioner.model.encoder)
         references = [[split_words(c) for c in data.pictures[i].captions] for i in batch]
-        loaded = [(p.numpy(), f) for p, f in zip(pixels, fits, strict=True)]
-        return _samples(captioner, space, loaded, references, data.name)
+        return _samples(captioner, space, _look(captioner, data, batch), references, data.name)
 
     return [s for part in _parallel_lists(work, list(chunks(range(len(data)), _BATCH))) for s in part]
 
@@ -147,14 +150,22 @@ def nothing_samples(captioner: Captioner, space: Calibration, kind: str, seed: i
     """Caption pictures that show nothing: whatever is said is wrong."""
     preprocess = captioner.model.encoder.preprocess
     pictures: list[Image.Image] = nothing.pictures(kind, _NOTHING, seed)
-    loaded = [load(picture, preprocess) for picture in pictures]
-    return _samples(captioner, space, loaded, [[] for _ in loaded], kind)
+    features = captioner.encode_pixels([load(picture, preprocess) for picture in pictures])
+    return _samples(captioner, space, features, [[] for _ in pictures], kind)
+
+
+def _look(captioner: Captioner, data: DataSet, batch: Sequence[int]) -> GridFeatures:
+    """Return the features of pictures, or of clips of as many frames as the captioner was trained with."""
+    return look_at(data, batch, captioner.model.encoder, trained_frames(captioner.header))
 
 
 def _samples(
-    captioner: Captioner, space: Calibration, loaded: Any, references: list[list[list[str]]], source: str
+    captioner: Captioner,
+    space: Calibration,
+    features: GridFeatures,
+    references: list[list[list[str]]],
+    source: str,
 ) -> list[Sample]:
-    features = captioner.encode_pixels(loaded)
     captions = captioner.caption_batch(features)
     samples = []
     for caption, pooled, known in zip(captions, pool(features), references, strict=True):
@@ -173,8 +184,7 @@ def word_pairs(captioner: Captioner, data: DataSet) -> np.ndarray:
     model = captioner.model
 
     def work(batch: Sequence[int]) -> np.ndarray:
-        pixels, fits = load_pixels(data, batch, model.encoder)
-        grid = captioner.encode_pixels([(p.numpy(), f) for p, f in zip(pixels, fits, strict=True)])
+        grid = _look(captioner, data, batch)
         rows = [
             (row, [*model.tokenizer.encode(caption), END])
             for row, i in enumerate(batch)

@@ -36,8 +36,9 @@ from captioner.model import CaptionModel
 from captioner.search import SearchOptions
 from captioner.tokenizer import END, PAD, START
 from captioner_training import experiment
+from captioner_training.adapt import frame_config
 from captioner_training.config import ConfigError, SourceConfig, TrainingConfig, _Loader
-from captioner_training.data import DataSet, load_data_set
+from captioner_training.data import DataSet, Picture, load_data_set
 from captioner_training.evaluate import generate
 from captioner_training.experiment import Experiment
 from captioner_training.features import FeatureCache
@@ -175,7 +176,9 @@ def _within(place: Any, name: str, key: str) -> Any:
 def make_grid(config: TrainingConfig, vary: Mapping[str, Sequence[Any]], seeds: int, data: str) -> list[Run]:
     """Return all runs: every combination of the values, with as many seeds, counted from the config's.
 
-    All combinations of the first seed come first, so that an interrupted comparison has whole grids.
+    Where the direction of a frame encoder varies and there is none (``video.cell`` none), one of the two is
+    left out. All combinations of the first seed come first, so that an interrupted comparison has whole
+    grids.
 
     Args:
         config: what all have in common.
@@ -189,9 +192,13 @@ def make_grid(config: TrainingConfig, vary: Mapping[str, Sequence[Any]], seeds: 
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: expected at least 1")
     runs = []
+    directions = vary.get("video.bidirectional", ())
     for seed in range(config.seed, config.seed + seeds):
         for values in itertools.product(*vary.values()):
             settings = dict(zip(vary, values, strict=True))
+            cell = settings.get("video.cell", config.video.cell)
+            if cell == "none" and settings.get("video.bidirectional") is True and len(directions) > 1:
+                continue
             name = "-".join([*(_slug(_plain(value)) for value in values), f"seed{seed}"])
             changed = with_values(config, settings).model_copy(
                 update={"name": f"{config.name} {name}", "seed": seed, "tensorboard": False}
@@ -237,8 +244,8 @@ def take_part(
             if not places:
                 base, places = annotations.parent, info.get("images", [])
             content: dict[str, Any] = {
-                "info": {**info, "images": [str(base / place) for place in places]},
-                "images": [{"id": p.id, "file_name": p.file} for p in part],
+                "info": {**info, "images": [str(base / place) for place in places], "media": data.media},
+                "images": [_entry(p) for p in part],
                 "annotations": [
                     {"id": number, "image_id": image, "caption": caption}
                     for number, (image, caption) in enumerate((p.id, c) for p in part for c in p.captions)
@@ -254,6 +261,11 @@ def take_part(
                 "style": source.style,
             }
     return TrainingConfig.model_validate(raw)
+
+
+def _entry(picture: Picture) -> dict[str, Any]:
+    entry: dict[str, Any] = {"id": picture.id, "file_name": picture.file}
+    return {**entry, "start": picture.start, "end": picture.end} if picture.part else entry
 
 
 def describe_data(
@@ -289,7 +301,7 @@ def describe_data(
                     "how": _how(whole, source),
                     "partial": bool((everything.get("info") or {}).get("partial")),
                     "hash": hashlib.sha256(
-                        repr([(p.id, p.file, p.captions) for p in data.pictures]).encode()
+                        repr([(p.id, p.file + p.part, p.captions) for p in data.pictures]).encode()
                     ).hexdigest()[:16],
                 }
             )
@@ -445,7 +457,10 @@ def build_features(runs: Sequence[Run], threads: int, data_folder: Path, cache_f
         for run in runs:
             config = run.config
             stages = [(stage.sources, stage.trainable_blocks) for stage in config.stages]
-            needs = repr((config.data, config.encoder, config.start, config.flips, config.crops, stages))
+            frames = config.video.frames
+            needs = repr(
+                (config.data, config.encoder, config.start, config.flips, config.crops, frames, stages)
+            )
             if needs not in done and config.cache:
                 done.add(needs)
                 with suppress(ValueError):
@@ -601,7 +616,7 @@ def measure(config: TrainingConfig, data_folder: Path, best: Path, cache_folder:
         folder = Path(temporary) if fine_tuned else cache_folder  # nobody else has that encoder
         for name, source in config.data.validation.items():
             data = load_data_set(name, source, data_folder)
-            cache = FeatureCache(folder, data, model.encoder, False).build()
+            cache = FeatureCache(folder, data, model.encoder, False, frames=config.video.frames).build()
             generated = generate(model, data, options, cache=cache)
             measured = Scorer(data.references()).score(
                 generated, metrics=("BLEU", "METEOR", "CIDEr"), intervals=False
@@ -621,7 +636,8 @@ def measure(config: TrainingConfig, data_folder: Path, best: Path, cache_folder:
                 gradients = measure_gradients(model, data, cache, config.seed)
     return {
         "parameters": {
-            "decoder": _count(model.decoder),
+            # what is trained beside the picture's encoder
+            "decoder": _count(model) - _count(model.encoder),
             "encoder": _count(model.encoder),
         },
         "vocabulary": len(model.tokenizer),
@@ -653,7 +669,7 @@ def measure_gradients(model: CaptionModel, data: DataSet, cache: FeatureCache, s
         tokens[row, : len(caption) + 1] = torch.tensor([START, *caption])
     features = cache.grid_features([index for index, _ in rows])
     torch.manual_seed(seed)
-    fresh = CaptionModel(model.encoder, model.decoder.config, model.tokenizer).eval()
+    fresh = CaptionModel(model.encoder, model.decoder.config, model.tokenizer, frame_config(model)).eval()
     if fresh.decoder.guesser is not None and model.decoder.guesser is not None:
         fresh.decoder.guesser.tokens.copy_(model.decoder.guesser.tokens)
     found: dict[str, Any] = {}

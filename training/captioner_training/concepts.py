@@ -161,14 +161,24 @@ def recognised(features: Features, encoder: str, words: Tensor, count: int, prog
 
 
 def remember(
-    folder: Path, encoder: Encoder, data: DataSet, concepts: Sequence[int], classes: Tensor | None
+    folder: Path,
+    encoder: Encoder,
+    data: DataSet,
+    concepts: Sequence[int],
+    classes: Tensor | None,
+    frames: int = 1,
 ) -> Path:
-    """Return where a data set's targets are kept; another encoder, picture or word gives another name."""
+    """Return where a data set's targets are kept; another encoder, picture or word gives another name.
+
+    So does another number of frames, of clips.
+    """
     digest = hashlib.sha256(fingerprint(encoder.network, encoder.preprocess).encode())
     for picture in data.pictures:
         size, _ = data.store.stamp(picture.file)
-        digest.update(f"{picture.file} {size} {picture.captions}\n".encode())
+        digest.update(f"{picture.file}{picture.part} {size} {picture.captions}\n".encode())
     digest.update(f"{list(concepts)} {None if classes is None else classes.tolist()}".encode())
+    if data.is_video:
+        digest.update(f" {frames} frames".encode())
     return folder / f"words-{data.name}-{digest.hexdigest()[:16]}.safetensors"
 
 

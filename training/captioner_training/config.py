@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from captioner.decoder import DecoderConfig
 from captioner.encoder import ENCODERS
+from captioner.frame_encoder import FrameConfig
 from captioner.search import SearchOptions
+from captioner_training.clips import FRAMES
 
 
 class ConfigError(ValueError):
@@ -89,10 +91,43 @@ class DecoderSection(_Strict):
     word_attention_width: Positive = 128
     word_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     copying: bool = False
+    frames: Literal["joint", "factorised", "mean"] = "joint"
+    frame_attention_width: Positive = 128
+
+    @model_validator(mode="after")
+    def _possible(self) -> DecoderSection:
+        if self.frames == "factorised" and self.attention == "none":
+            raise ValueError("frames: factorised needs an attention within each frame, additive or dot")
+        return self
 
     def build(self, concepts: int = 0, styles: int = 0) -> DecoderConfig:
         """Return the library's own config, for so many words to guess and further styles."""
         return DecoderConfig(**self.model_dump(), concepts=concepts, styles=styles)
+
+
+class VideoSection(_Strict):
+    """How clips are looked at; see `captioner.frame_encoder.FrameConfig`."""
+
+    frames: Annotated[int, Field(ge=1, le=1000)] = FRAMES
+    """At most so many frames of a clip, evenly spread over it."""
+    cell: Literal["none", "rnn_tanh", "rnn_relu", "gru", "lstm"] = "none"
+    bidirectional: bool = False
+    over: Literal["cells", "frames"] = "cells"
+    width: Positive = 256
+    positions: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> VideoSection:
+        if self.bidirectional and self.cell == "none":
+            raise ValueError(
+                "bidirectional needs a cell that reads the frames: rnn_tanh, rnn_relu, gru or lstm"
+            )
+        return self
+
+    def build(self) -> FrameConfig | None:
+        """Return the library's own config; None if there is nothing for a frame encoder to do."""
+        config = FrameConfig(**self.model_dump(exclude={"frames"}))
+        return config if config.active else None
 
 
 class ConceptsConfig(_Strict):
@@ -195,6 +230,8 @@ class StartConfig(_Strict):
     """Add the words of the new captions (see ``tokenizer.min_count``) to the vocabulary; the old stay."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Another dropout than the captioner was trained with."""
+    frames: Literal["joint", "factorised", "mean"] | None = None
+    """Another way to attend to several frames than the captioner has (see ``decoder.frames``)."""
 
 
 class SearchConfig(_Strict):
@@ -230,6 +267,7 @@ class TrainingConfig(_Strict):
     word_vectors: str | None = None
     """First embeddings from a text file of GloVe's or word2vec's format, relative to the data folder."""
     decoder: DecoderSection | None = None
+    video: VideoSection = VideoSection()
     concepts: ConceptsConfig | None = None
     loss: LossConfig = LossConfig()
     flips: bool = True

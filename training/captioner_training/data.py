@@ -1,17 +1,20 @@
-"""Pictures and captions: COCO-format annotations over tar files and folders of pictures."""
+"""Pictures or clips and captions: COCO-format annotations over tar files and folders of them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tarfile
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from captioner.video import VIDEO_SUFFIXES
 from captioner_training.config import SourceConfig
 from captioner_training.metrics import load_references
 
@@ -124,6 +127,21 @@ class PictureStore:
         with open((place or self._holder(name)) / name, "rb") as file:
             return file.read(-1 if limit is None else limit)
 
+    @contextlib.contextmanager
+    def as_file(self, name: str) -> Iterator[Path]:
+        """Give the path of a file, for readers that want one; what lies in a tar is copied out meanwhile.
+
+        Raises:
+            DataError: if it is not there.
+        """
+        if _plain(name) not in self._members:
+            yield self._holder(name) / name
+            return
+        with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
+            path = Path(folder) / f"clip{Path(name).suffix}"
+            path.write_bytes(self.read(name))
+            yield path
+
     def _holder(self, name: str) -> Path:
         folder = self._folder(name)
         if folder is None:
@@ -157,25 +175,36 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One picture of a data set with its captions."""
+    """One picture or clip of a data set with its captions.
+
+    A clip is the part of its file from ``start`` to ``end`` in seconds; None is the file's own end.
+    """
 
     id: int | str
     file: str
     captions: tuple[str, ...]
+    start: float = 0.0
+    end: float | None = None
+
+    @property
+    def part(self) -> str:
+        """The part of the file that it is, for keys of caches; empty for whole files."""
+        return "" if self.start == 0 and self.end is None else f" {self.start!r} {self.end!r}"
 
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """The pictures of one source, in id order, and where their bytes are.
+    """The pictures (or clips) of one source, in id order, and where their bytes are.
 
     ``info`` is what the annotation file says of itself; ``partial`` that pictures of the original set are
-    missing, so that no score is comparable with those of others.
+    missing, so that no score is comparable with those of others. ``media`` is ``image`` or ``video``.
     """
 
     name: str
     pictures: tuple[Picture, ...]
     store: PictureStore
     info: dict[str, Any] = field(default_factory=dict)
+    media: str = "image"
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -185,6 +214,16 @@ class DataSet:
         """Whether ``captioner prepare --allow-missing`` left pictures out."""
         return self.info.get("partial") is True
 
+    @property
+    def is_video(self) -> bool:
+        """Whether its items are clips."""
+        return self.media == "video"
+
+    @property
+    def thing(self) -> str:
+        """What people call an item."""
+        return "clip" if self.is_video else "picture"
+
     def references(self) -> dict[int | str, list[str]]:
         """Return the captions by picture id, as the metrics want them."""
         return {p.id: list(p.captions) for p in self.pictures}
@@ -193,27 +232,32 @@ class DataSet:
 def load_data_set(name: str, config: SourceConfig, root: Path) -> DataSet:
     """Read the annotations, pick the pictures that the config asks for, and find their files.
 
+    They are clips if the annotations say so, as those that ``captioner prepare`` writes do, or if they say
+    nothing and all files have the suffix of a video.
+
     Raises:
-        DataError: for missing files or pictures, a file that stands there twice, or when nothing is left.
+        DataError: for missing files or pictures, a file that stands there twice, a clip of impossible times,
+            or when nothing is left.
         ScoreError: for annotations that are not in COCO's format.
     """
     annotations = root / config.annotations
     references, images = load_references(annotations)
     info = load_info(annotations)
-    if info.get("media") == "video":
-        raise DataError(f"{annotations}: these are captions of videos; training is on pictures")
+    media = _media(info, images)
     places = [root / path for path in config.images] or info_images(annotations, info)
     store = PictureStore(places)
-    files: dict[str, Any] = {}
+    files: dict[Any, Any] = {}
     for image in images:
         file = image.get("file_name")
-        if isinstance(file, str) and file in files:
+        if not isinstance(file, str):
+            continue
+        part = (file, *(_times(annotations, image) if media == "video" else ()))
+        if part in files:
             raise DataError(
-                f"{annotations}: {file} stands there twice, with the ids {files[file]} and {image['id']}: "
+                f"{annotations}: {file} stands there twice, with the ids {files[part]} and {image['id']}: "
                 "give several annotations to one image; captioner prepare does that"
             )
-        if isinstance(file, str):
-            files[file] = image["id"]
+        files[part] = image["id"]
     images = sorted(images, key=lambda image: (isinstance(image["id"], str), image["id"]))
     if config.skip_highest:
         images = images[: -config.skip_highest]
@@ -231,10 +275,38 @@ def load_data_set(name: str, config: SourceConfig, root: Path) -> DataSet:
             raise DataError(
                 f"{annotations}: {image['file_name']} is not among {', '.join(config.images) or places[0]}"
             )
-        pictures.append(Picture(image["id"], image["file_name"], captions))
+        start, end = _times(annotations, image) if media == "video" else (0.0, None)
+        pictures.append(Picture(image["id"], image["file_name"], captions, start, end))
     if not pictures:
         raise DataError(f"{annotations}: no picture with a caption is left for data set {name!r}")
-    return DataSet(name, tuple(pictures), store, info)
+    return DataSet(name, tuple(pictures), store, info, media)
+
+
+def _media(info: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the annotations are of: ``image`` or ``video``."""
+    if "media" in info:
+        return "video" if info["media"] == "video" else "image"
+    names = [image["file_name"] for image in images if isinstance(image.get("file_name"), str)]
+    videos = [Path(name).suffix.lower() in VIDEO_SUFFIXES for name in names]
+    return "video" if videos and all(videos) else "image"
+
+
+def _times(annotations: Path, image: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Return which part of its file a clip is, in seconds."""
+    start, end = image.get("start"), image.get("end")
+    if image.get("cut") is True:  # the times are those in the video that it was cut out of
+        return 0.0, None
+    begin = 0.0 if start is None else start
+    if not all(t is None or (type(t) in (int, float) and math.isfinite(t)) for t in (begin, end)):
+        found = f"{start!r} and {end!r}"
+    elif begin >= 0 and (end is None or end > begin):
+        return float(begin), None if end is None else float(end)
+    else:
+        found = f"{start} to {end}"
+    raise DataError(
+        f"{annotations}: {image.get('file_name')} (id {image['id']}): start and end must be seconds, one "
+        f"after the other, and not {found}"
+    )
 
 
 def load_info(annotations: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Generate a caption for every picture of a data set, once each, and score them."""
+"""Generate a caption for every picture or clip of a data set, once each, and score them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from tqdm import tqdm
 from captioner.batch import ahead
 from captioner.calibration import content_share
 from captioner.captioner import Captioner
-from captioner.encoder import GridFeatures, encode
+from captioner.encoder import GridFeatures
 from captioner.model import CaptionModel
 from captioner.naming import write
 from captioner.search import SearchOptions
 from captioner.tokenizer import detokenize, split_words
 from captioner_training.calibrate import calibration_error, correlation
+from captioner_training.clips import FRAMES, trained_frames
 from captioner_training.config import SourceConfig, TrainingConfig, load_config
 from captioner_training.data import DataError, DataSet, chunks, load_data_set
-from captioner_training.features import FeatureCache, load_pixels
+from captioner_training.features import FeatureCache, look_at
 from captioner_training.metrics import Annotations, ScoreError, Scorer, load_annotations, spice_missing
 from captioner_training.results import save_results as write_results
 from captioner_training.scoring import Evaluation, assess, choose_published, training_captions
 
 _BATCH = 32
+_BATCH_FRAMES = 128
 
 
 def generate(
@@ -38,15 +40,17 @@ def generate(
     options: SearchOptions,
     *,
     cache: FeatureCache | None = None,
+    frames: int = FRAMES,
     progress: bool = False,
 ) -> dict[int | str, str]:
-    """Return one caption for each picture id; every picture is decoded and encoded once.
+    """Return one caption for each id; every picture or clip is decoded and encoded once.
 
     Args:
         model: in evaluation mode.
-        data: the pictures.
+        data: the pictures or clips.
         options: of the search.
         cache: features of these pictures under the model's encoder; without it they are computed.
+        frames: of a clip, at most; a cache has its own number.
         progress: show a bar.
     """
     encoder = copy.deepcopy(model.encoder).eval().optimise() if cache is None else model.encoder
@@ -60,10 +64,10 @@ def generate(
     def features(batch: Sequence[int]) -> GridFeatures:
         if cache is not None:
             return cache.grid_features(batch)
-        return encode(encoder, *load_pixels(data, batch, encoder))
+        return look_at(data, batch, encoder, frames)
 
     captions: dict[int | str, str] = {}
-    for batch, grid in _looked_at(data, features, progress):
+    for batch, grid in _looked_at(data, features, frames, progress):
         with torch.inference_mode():
             found = write(model, grid.to(model.device), options, continues=continues)
         for index, hypotheses in zip(batch, found, strict=True):
@@ -100,20 +104,27 @@ class Generated:
 
 
 def caption_data(
-    captioner: Captioner, data: DataSet, options: Mapping[str, Any], *, progress: bool = False
+    captioner: Captioner,
+    data: DataSet,
+    options: Mapping[str, Any],
+    *,
+    frames: int | None = None,
+    progress: bool = False,
 ) -> Generated:
-    """Caption every picture of a data set once, with confidences.
+    """Caption every picture or clip of a data set once, with confidences.
 
     Args:
         captioner: the captions are those of `captioner.Captioner.caption_batch`.
-        data: the pictures and people's captions of them.
+        data: the pictures or clips and people's captions of them.
         options: of the search, by name.
+        frames: of a clip, at most; None for as many as the captioner was trained with.
         progress: show a bar.
     """
     encoder = captioner.model.encoder
+    most = trained_frames(captioner.header) if frames is None else frames
     found = Generated({}, {}, {}, 0.0)
     start = time.perf_counter()
-    for batch, grid in _looked_at(data, lambda b: encode(encoder, *load_pixels(data, b, encoder)), progress):
+    for batch, grid in _looked_at(data, lambda b: look_at(data, b, encoder, most), most, progress):
         for index, caption in zip(batch, captioner.caption_batch(grid, **options), strict=True):
             picture = data.pictures[index]
             found.captions[picture.id] = caption.text
@@ -125,10 +136,11 @@ def caption_data(
 
 
 def _looked_at(
-    data: DataSet, features: Callable[[Sequence[int]], GridFeatures], progress: bool
+    data: DataSet, features: Callable[[Sequence[int]], GridFeatures], frames: int, progress: bool
 ) -> Iterator[tuple[Sequence[int], GridFeatures]]:
     """Yield the pictures in batches with their features, which threads compute ahead."""
-    batches = list(chunks(range(len(data)), _BATCH))
+    size = max(1, min(_BATCH, _BATCH_FRAMES // frames)) if data.is_video else _BATCH
+    batches = list(chunks(range(len(data)), size))
 
     def work(batch: Sequence[int]) -> GridFeatures:
         with torch.inference_mode():
@@ -137,7 +149,7 @@ def _looked_at(
     threads = torch.get_num_threads()
     computed = ahead(work, batches, threads, initializer=lambda: torch.set_num_threads(1))
     try:
-        with tqdm(total=len(data), desc=data.name, unit="picture", disable=not progress) as bar:
+        with tqdm(total=len(data), desc=data.name, unit=data.thing, disable=not progress) as bar:
             for batch, grid in zip(batches, computed, strict=True):
                 yield batch, grid
                 bar.update(len(batch))

@@ -18,7 +18,7 @@ from captioner.model import CaptionModel
 from captioner.search import SearchOptions
 from captioner.tokenizer import END, BpeTokenizer, Tokenizer, WordTokenizer
 from captioner_training import concepts
-from captioner_training.adapt import begin
+from captioner_training.adapt import begin, frame_config
 from captioner_training.cider import CiderD
 from captioner_training.config import (
     ConfigError,
@@ -70,6 +70,7 @@ class Experiment:
             n: load_data_set(n, c, data_folder) for n, c in config.data.sources.items() if n in used
         }
         self.validation = {n: load_data_set(n, c, data_folder) for n, c in config.data.validation.items()}
+        self._check_media()
         self.started: checkpoint.Header | None = None
         torch.manual_seed(config.seed)
         self.model = self._begin(data_folder)
@@ -103,7 +104,7 @@ class Experiment:
         config = self.config
         captions = [c for data in self.sources.values() for p in data.pictures for c in p.captions]
         if config.start is not None:
-            start = begin(config.start, captions, min_count=config.tokenizer.min_count)
+            start = begin(config.start, captions, min_count=config.tokenizer.min_count, video=config.video)
             self.started = start.header
             self.notes += start.lines
             return start.model
@@ -116,11 +117,28 @@ class Experiment:
         styles = max(config.data.sources[name].style for name in self.sources)
         decoder = config.decoder or DecoderSection()
         model = CaptionModel(
-            build_encoder(config.encoder), decoder.build(len(self.concepts), styles), tokenizer
+            build_encoder(config.encoder),
+            decoder.build(len(self.concepts), styles),
+            tokenizer,
+            config.video.build(),
         )
         if config.word_vectors is not None:
             self.notes.append(begin_with(model, data_folder / config.word_vectors))
         return model
+
+    def _check_media(self) -> None:
+        """Refuse a frame encoder that would never see a clip.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        if self.config.video.build() is None or any(data.is_video for data in self.sources.values()):
+            return
+        key = "positions" if self.config.video.cell == "none" else "cell"
+        raise ConfigError(
+            f"video.{key} is {getattr(self.config.video, key)}: a frame encoder learns from clips, and none "
+            f"of the sources that are trained on ({', '.join(self.sources)}) has any"
+        )
 
     def _check_styles(self) -> None:
         known = self.model.decoder.config.styles
@@ -150,7 +168,9 @@ class Experiment:
         for name, data in self.sources.items():
             shared = name in first.sources and not first.trainable_blocks  # its features serve here too
             frozen = first if shared else first.model_copy(update={"trainable_blocks": 0, "crops": 0})
-            path = concepts.remember(self.cache_folder, encoder, data, self.concepts, classes)
+            path = concepts.remember(
+                self.cache_folder, encoder, data, self.concepts, classes, self.config.video.frames
+            )
             targets = concepts.recall(path)
             if targets is None:
                 targets = concepts.mentioned(data, self.concepts, tokenizer)
@@ -185,7 +205,7 @@ class Experiment:
         digest = hashlib.sha256()
         for name, data in sorted(self.sources.items()):
             for picture, captions in zip(data.pictures, self.references[name], strict=True):
-                digest.update(f"{name} {picture.id} {picture.file} {captions}\n".encode())
+                digest.update(f"{name} {picture.id} {picture.file}{picture.part} {captions}\n".encode())
         for token in range(len(self.tokenizer)):
             digest.update(self.tokenizer.piece(token).encode())
         return digest.hexdigest()[:16]
@@ -218,7 +238,7 @@ class Experiment:
         """Look for pictures of validation among those of training by their files, without their content."""
 
         def files(data: DataSet) -> set[tuple[Path, str]]:
-            return {(data.store.places(p.file)[0], p.file) for p in data.pictures}
+            return {(data.store.places(p.file)[0], p.file + p.part) for p in data.pictures}
 
         for name, held_out in self.validation.items():
             for source, data in self.sources.items():
@@ -235,15 +255,27 @@ class Experiment:
         blocks = len(encoder.network) - stage.trainable_blocks if stage.trainable_blocks else None
         crops = config.crops if stage.crops is None else stage.crops
         if config.cache:
-            cache = FeatureCache(self.cache_folder, data, encoder, config.flips, blocks, crops=crops)
+            cache = FeatureCache(
+                self.cache_folder,
+                data,
+                encoder,
+                config.flips,
+                blocks,
+                crops=crops,
+                frames=config.video.frames,
+            )
             return cache.build(progress=speaks())
         half = config.mixed_precision == "bf16"
-        return LivePictures(data, encoder, config.flips, blocks, crops=crops, half=half)
+        return LivePictures(
+            data, encoder, config.flips, blocks, crops=crops, frames=config.video.frames, half=half
+        )
 
     def validation_features(self) -> dict[str, FeatureCache]:
         """Return the grid features of the validation pictures under the present encoder."""
         return {
-            name: FeatureCache(self.cache_folder, data, self.model.encoder, False).build(speaks())
+            name: FeatureCache(
+                self.cache_folder, data, self.model.encoder, False, frames=self.config.video.frames
+            ).build(speaks())
             for name, data in self.validation.items()
         }
 
@@ -270,7 +302,9 @@ class Experiment:
         for name, data in self.validation.items():
             if name not in self._scorers:
                 self._scorers[name] = Scorer(data.references())
-            captions = generate(self.model, data, options, cache=caches.get(name))
+            captions = generate(
+                self.model, data, options, cache=caches.get(name), frames=self.config.video.frames
+            )
             metrics = self._scorers[name].score(captions, metrics=VALIDATED, intervals=False)
             scores[name] = dict(metrics.corpus)
             warning = common_caption_warning(list(captions.values()))
@@ -300,6 +334,8 @@ class Experiment:
             },
             "scores": {n: {k: round(v, 4) for k, v in s.items()} for n, s in scores.items()},
         }
+        if any(data.is_video for data in self.sources.values()):
+            summary["frames"] = config.video.frames
         if self.partial:
             summary["partial"] = self.partial
         if self.started is not None:
@@ -315,6 +351,7 @@ class Experiment:
             tokenizer=model.tokenizer.to_dict(),
             search=config.search.model_dump(),
             summary=summary,
+            frames=frame_config(model),
         )
 
 

@@ -324,14 +324,22 @@ def objective(
     network = model.encoder.network
     trained = network[len(network) - stage.trainable_blocks :]
 
-    def look(batch: Batch) -> Tensor:
+    def look(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return features ``(P, F, R, D)`` and their mask ``(P, F, R)``."""
+        given, mask = (x.unflatten(1, (batch.frames, -1)) for x in (batch.features, batch.mask))
         if not len(trained):
-            return batch.features
-        return cells(trained(batch.features.transpose(1, 2).unflatten(2, shape[1:])))
+            return given, mask
+        maps = given.flatten(0, 1)
+        if batch.frames == 1:
+            return cells(trained(maps.transpose(1, 2).unflatten(2, shape[1:])))[:, None], mask
+        there = (mask.amax(-1) > 0).flatten().nonzero().squeeze(1)  # nothing is learned from padding
+        found = cells(trained(maps[there].transpose(1, 2).unflatten(2, shape[1:])))
+        every = found.new_zeros(len(maps), *found.shape[1:]).index_copy(0, there, found)
+        return every.unflatten(0, mask.shape[:2]), mask
 
     def teacher_forced(batch: Batch, position: float) -> tuple[Tensor, Tensor]:
-        features = look(batch)
-        memory = model.decoder.memory(features, batch.mask).select(batch.picture)
+        features, mask = look(batch)
+        memory = model.look(features, mask).select(batch.picture)
         styles = None
         if model.decoder.style is not None:
             by_picture = torch.tensor([experiment.styles[name] for name, _ in batch.places])
@@ -348,7 +356,7 @@ def objective(
         if experiment.words:
             assert config.concepts is not None
             targets = torch.stack([experiment.words[name][i] for name, i in batch.places])
-            guesses = model.decoder.guess(features, batch.mask)
+            guesses = model.decoder.guess(features.flatten(1, 2), batch.mask)
             wrong = word_loss(guesses, targets.to(guesses.device)) / batch.all_pictures
             loss = loss + config.concepts.weight * wrong
         return loss, told
@@ -358,14 +366,14 @@ def objective(
     judge, begins = experiment.judge(stage)
 
     def self_critical(batch: Batch, position: float) -> tuple[Tensor, Tensor]:
-        features = look(batch)
+        features, mask = look(batch)
         model.decoder.eval()  # captions are drawn without dropout
         with torch.no_grad():
-            drawn_from = model.decoder.memory(features, batch.mask)
+            drawn_from = model.look(features, mask)
         model.decoder.train()
         loss, facts = self_critical_loss(
             model,
-            model.decoder.memory(features, batch.mask),
+            model.look(features, mask),
             judge,
             [begins[name] + index for name, index in batch.places],
             drawn_from=drawn_from,
@@ -459,7 +467,8 @@ def validate_and_log(
 def draw_some(experiment: Experiment) -> list[Drawn]:
     """Draw a few validation pictures with captions and attention, for TensorBoard."""
     options = SearchOptions(**experiment.config.search.model_dump())
-    return draw(experiment.model, next(iter(experiment.validation.values())), options, _DRAWN)
+    data = next(iter(experiment.validation.values()))
+    return draw(experiment.model, data, options, _DRAWN, frames=experiment.config.video.frames)
 
 
 @contextmanager

@@ -15,16 +15,22 @@ from captioner_training.config import StageConfig
 
 
 def build_optimiser(model: CaptionModel, stage: StageConfig) -> torch.optim.AdamW:
-    """AdamW; no decay for biases, norms and embeddings; the encoder has its own learning rate."""
+    """AdamW; no decay for biases, norms and embeddings; the picture's encoder has its own learning rate."""
     groups = []
-    for module, rate in ((model.decoder, stage.learning_rate), (model.encoder, stage.encoder_learning_rate)):
+    parts = [(model.decoder, stage.learning_rate), (model.encoder, stage.encoder_learning_rate)]
+    if model.frame_encoder is not None:
+        parts.append((model.frame_encoder, stage.learning_rate))
+    for module, rate in parts:
         trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        decayed = [p for n, p in trained if p.dim() > 1 and "embedding" not in n]
-        plain = [p for n, p in trained if p.dim() <= 1 or "embedding" in n]
+        decayed = [p for n, p in trained if p.dim() > 1 and not n.startswith(_EMBEDDINGS)]
+        plain = [p for n, p in trained if p.dim() <= 1 or n.startswith(_EMBEDDINGS)]
         for parameters, decay in ((decayed, stage.weight_decay), (plain, 0.0)):
             if parameters:
                 groups.append({"params": parameters, "weight_decay": decay, "peak": rate})
     return torch.optim.AdamW(groups, lr=stage.learning_rate)
+
+
+_EMBEDDINGS = ("embedding.", "positions.")
 
 
 def schedule(stage: StageConfig, step: int, steps: int) -> float:

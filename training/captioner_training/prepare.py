@@ -7,6 +7,7 @@ the report; nothing is left out silently.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from captioner import video
 from captioner._version import __version__
 from captioner.batch import ahead
 from captioner.images import PHOTO_SUFFIXES, ImageError, _kind, _not_a_picture, open_image
@@ -69,6 +71,7 @@ class Look:
         pixels: hash of size and pixels as a person sees them; None for videos and without decoding.
         likeness: 64 bits, one for each of 8 x 8 cells that is darker than its right neighbour; None likewise.
         width, height: in pixels, or None.
+        seconds: where a video ends, or None.
     """
 
     error: str | None = None
@@ -78,6 +81,7 @@ class Look:
     likeness: int | None = None
     width: int | None = None
     height: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(eq=False)
@@ -420,7 +424,15 @@ def _merge(items: list[Item], notes: list[str]) -> list[Item]:
 def _examine(
     items: Sequence[Item], store: PictureStore, media: str, decode: bool, threads: int | None
 ) -> None:
-    """Look into every file once, in threads."""
+    """Look into every file once, in threads.
+
+    Raises:
+        DataError: if there is nothing to look into videos with.
+    """
+    if media == "video" and decode and importlib.util.find_spec("cv2") is None:
+        raise DataError(
+            'looking into videos needs OpenCV: pip install "captioner[video]", or use --no-decode'
+        )
     files = list(dict.fromkeys(item.file for item in items if item.file is not None))
     look: Callable[[PictureStore, str], Look]
     look = _glance if not decode else _watch if media == "video" else _decode
@@ -439,6 +451,9 @@ def _examine(
                     looks[file] = Look(head=looks[file].head, content=_hash(store.read(file)))
     for item in items:
         item.look = looks[item.file] if item.file is not None else None
+        seconds, start = item.look.seconds if item.look else None, item.entry.start
+        if seconds is not None and start is not None and start >= seconds and not _is_cut(item):
+            item.look = Look(f"the clip begins at {start:g} s, and the video ends at {seconds:.2f} s")
 
 
 def _decode(store: PictureStore, name: str) -> Look:
@@ -477,16 +492,33 @@ def _glance(store: PictureStore, name: str) -> Look:
 
 
 def _watch(store: PictureStore, name: str) -> Look:
-    """Look at a video file's bytes; they are not decoded."""
+    """Decode a video to its end, as training would."""
+    finish = 0.0
+
+    def passed(moment: float) -> None:
+        nonlocal finish
+        finish = moment
+
     try:
-        data = store.read(name)
+        with store.as_file(name) as path:
+            size = path.stat().st_size
+            content = hashlib.blake2b(digest_size=16)
+            with path.open("rb") as file:
+                head = file.read(HEAD)
+                file.seek(0)
+                while piece := file.read(2**20):
+                    content.update(piece)
+            for _ in video.frames(path, _SELDOM, passed=passed):
+                pass
     except OSError as error:
         return Look(error.strerror or str(error))
-    if not data:
-        return Look("the file is empty; copy or download it again")
-    if data[:1024].lstrip().lower().startswith((b"<!doctype html", b"<html", b"version https://git-lfs")):
-        return Look("not a video, but text; download it again")
-    return Look(head=_head(len(data), data[:HEAD]), content=_hash(data))
+    except video.VideoError as error:
+        return Look(str(error).removeprefix(f"{path}: "))
+    return Look(head=_head(size, head), content=content.hexdigest(), seconds=finish)
+
+
+_SELDOM = 1e9
+"""Seconds between frames, so that all are decoded and only the first is made a picture."""
 
 
 def _head(size: int, head: bytes) -> str:
@@ -777,8 +809,8 @@ MANY_TO_VALIDATE = 2000
 """Of more validation pictures the config takes 1,000, so that validation is not the most of the work."""
 
 
-def config_text(name: str, train: int, val: int, note: str) -> str:
-    """Return a config that suits so many training and validation pictures.
+def config_text(name: str, train: int, val: int, note: str, media: str = "image") -> str:
+    """Return a config that suits so many training and validation pictures, or clips.
 
     With few the built-in captioner goes on to learn them; with many a decoder of their own begins afresh.
     """
@@ -788,8 +820,11 @@ def config_text(name: str, train: int, val: int, note: str) -> str:
         else ""
     )
     begin, stage = _go_on(train) if train < ENOUGH_TO_BEGIN_AFRESH else _begin_afresh(train)
+    if media == "video":
+        begin += _VIDEO
+    what = f"{train:,} {_things(media)}"
     return f"""\
-# Written by captioner prepare for {train:,} pictures; change it at will. docs/training.md explains every key.
+# Written by captioner prepare for {what}; change it at will. docs/training.md explains every key.
 name: {name}
 seed: 1
 data: # the annotations say where the pictures are
@@ -813,6 +848,12 @@ search:
   max_length: 25
 """
 
+
+_VIDEO = """
+video:
+  frames: 16 # of each clip at most, evenly spread
+  cell: gru # a frame encoder: forward, so that live streams can be captioned; none leaves it out
+  bidirectional: false"""
 
 ENOUGH_TO_BEGIN_AFRESH = 2000
 """With fewer training pictures a decoder that begins afresh scores lower (docs/own_pictures.md)."""
@@ -876,7 +917,7 @@ decoder:
 def _write_config(output: Path, report: dict[str, Any], note: str) -> list[str]:
     train, val = (report["splits"][split]["pictures"] for split in ("train", "val"))
     path = output / "config.yaml"
-    if report["media"] == "video" or not val:
+    if not val:
         return []
     if path.exists():
         report["notes"].append(f"{path}: kept as it was; delete it for a fresh one")
@@ -885,7 +926,7 @@ def _write_config(output: Path, report: dict[str, Any], note: str) -> list[str]:
         "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in output.resolve().name)
         or "mine"
     )
-    path.write_text(config_text(json.dumps(name), train, val, note), encoding="utf-8")
+    path.write_text(config_text(json.dumps(name), train, val, note, report["media"]), encoding="utf-8")
     return ["config.yaml"]
 
 
@@ -939,14 +980,14 @@ def _summary(prepared: Prepared) -> list[str]:
         lines.append("The data set is PARTIAL: its scores are not comparable with those on all of it")
     lines.append(f"Written to {output}: {', '.join(report['written'])}")
     folder = shlex.quote(str(output))
-    if (output / "config.yaml").exists() and report["media"] == "image":
+    if (output / "config.yaml").exists():
         lines.append(
             f"Train on it: captioner train {shlex.quote(str(output / 'config.yaml'))} --data {folder}"
         )
         if report["splits"]["val"]["pictures"] < 20:
-            lines.append("  (with fewer than 20 validation pictures scores are mostly chance)")
-    elif report["media"] == "image":
-        lines.append("There is no config: without validation pictures nothing tells when to stop (see --val)")
+            lines.append(f"  (with fewer than 20 validation {thing} scores are mostly chance)")
+    else:
+        lines.append(f"There is no config: without validation {thing} nothing tells when to stop (see --val)")
     return lines
 
 

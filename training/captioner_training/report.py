@@ -506,9 +506,9 @@ PLOTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any], str]] = {
     "cost": (
         "Size and time",
         plot_cost,
-        "Trained parameters of the decoder; and the median time of an epoch of training, without validation, "
-        "in one thread beside the other runs (each dot is one seed). Features of the pictures were computed "
-        "once beforehand.",
+        "Trained parameters of the decoder, and of the frame encoder if there is one; and the median time of "
+        "an epoch of training, without validation, in one thread beside the other runs (each dot is one "
+        "seed). Features of the pictures were computed once beforehand.",
     ),
     "curves": (
         "Loss and validation by epoch",

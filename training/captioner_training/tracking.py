@@ -17,12 +17,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from captioner import overlay
+from captioner.caption import Caption, Segment
 from captioner.captioner import Captioner
 from captioner.checkpoint import Header
 from captioner.images import open_image
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
-from captioner_training.data import DataSet
+from captioner_training.clips import FRAMES, take_frames
+from captioner_training.data import DataSet, Picture
 
 FOLDER = "tensorboard"
 """Where the logs lie in a run's output folder."""
@@ -139,10 +141,13 @@ def any_logs(folder: Path) -> bool:
     return any(folder.glob("events.out.tfevents.*"))
 
 
-def draw(model: CaptionModel, data: DataSet, options: SearchOptions, count: int = 4) -> list[Drawn]:
+def draw(
+    model: CaptionModel, data: DataSet, options: SearchOptions, count: int = 4, *, frames: int = FRAMES
+) -> list[Drawn]:
     """Caption some pictures of a data set, the same ones every time, and draw where the model looked.
 
-    The pictures are spread evenly over the set. The model and training's random numbers stay as they are.
+    The pictures are spread evenly over the set; of clips, at most so many ``frames`` are looked at. The model
+    and training's random numbers stay as they are.
     """
     chosen = np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int)
     header = Header(
@@ -157,10 +162,29 @@ def draw(model: CaptionModel, data: DataSet, options: SearchOptions, count: int 
     drawn = []
     for index in chosen:
         picture = data.pictures[index]
-        photo = open_image(data.store.read(picture.file))
         with torch.random.fork_rng():
-            caption = captioner.caption(photo)
+            caption, sheet = (_draw_clip if data.is_video else _draw_photo)(captioner, data, picture, frames)
         written = "\n".join(f"- {reference}" for reference in picture.captions)
         text = f"**{caption.text or '(no words)'}**\n\nPeople wrote:\n\n{written}"
-        drawn.append(Drawn(f"{data.name}/{picture.id}", text, overlay.sheet(caption, photo, width=_WIDTH)))
+        drawn.append(Drawn(f"{data.name}/{picture.id}", text, sheet))
     return drawn
+
+
+def _draw_photo(
+    captioner: Captioner, data: DataSet, picture: Picture, frames: int
+) -> tuple[Caption, Image.Image]:
+    photo = open_image(data.store.read(picture.file))
+    caption = captioner.caption(photo)
+    return caption, overlay.sheet(caption, photo, width=_WIDTH)
+
+
+def _draw_clip(
+    captioner: Captioner, data: DataSet, clip: Picture, frames: int
+) -> tuple[Caption, Image.Image]:
+    with data.store.as_file(clip.file) as path:
+        taken = take_frames(path, frames, lambda image: image, clip.start, clip.end)
+    times, seen = [time for time, _ in taken], [image for _, image in taken]
+    caption = captioner.caption(captioner.encode_frames(seen, times))
+    from captioner.video_overlay import frame_sheet
+
+    return caption, frame_sheet(Segment(times[0], times[-1], caption), seen)
