@@ -136,13 +136,29 @@ class FrameEncoder(nn.Module):
 
 
 def _recurrent(config: FrameConfig, inputs: int) -> nn.RNNBase | None:
+    width = config.width
+    network: nn.RNNBase
     if config.cell == "none":
         return None
     if config.cell == "lstm":
-        return nn.LSTM(inputs, config.width, batch_first=True)
-    if config.cell == "gru":
-        return nn.GRU(inputs, config.width, batch_first=True)
-    return nn.RNN(inputs, config.width, batch_first=True, nonlinearity=config.cell.removeprefix("rnn_"))
+        network = nn.LSTM(inputs, width, batch_first=True)
+    elif config.cell == "gru":
+        network = nn.GRU(inputs, width, batch_first=True)
+    else:
+        kind = config.cell.removeprefix("rnn_")
+        network = nn.RNN(inputs, width, batch_first=True, nonlinearity=kind)
+    for name, parameter in network.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+            if config.cell == "lstm" and "ih" in name:  # remember by default (Jozefowicz et al. 2015)
+                nn.init.ones_(parameter[width : 2 * width])
+            continue
+        for gate in range(0, len(parameter), width):
+            if "ih" in name:  # torch's own range forgets how many inputs there are, and gates would saturate
+                nn.init.xavier_uniform_(parameter[gate : gate + width])
+            else:
+                nn.init.orthogonal_(parameter[gate : gate + width])
+    return network
 
 
 def _turn(mask: Tensor) -> Tensor:
