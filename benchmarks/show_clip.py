@@ -2,8 +2,8 @@
 
     python benchmarks/show_clip.py
 
-Writes docs/images/clip.mp4 and docs/images/clip_sheet.jpg: coffee by Rachel Michetti, a cat by Stéfan van der Walt
-(both CC0). Needs captioner[video] and scikit-image.
+Writes docs/images/clip.mp4 and docs/images/clip_sheet.jpg: a cup of coffee by Rachel Michetti and a cat by
+Stéfan van der Walt, both CC0. Needs captioner[video] and scikit-image.
 """
 
 from __future__ import annotations
