@@ -163,10 +163,10 @@ def _media(
     for moving, group in groupby(map(fsdecode, paths), is_video):
         if moving:
             for path in group:
-                result, interrupted = _caption_clip(
+                clip, interrupted = _caption_clip(
                     captioner, path, {"seed": seed, **for_clips}, progress, said
                 )
-                yield result
+                yield clip
                 if interrupted:
                     raise KeyboardInterrupt
                 seed += 1
