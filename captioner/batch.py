@@ -312,13 +312,16 @@ def ahead(
     items: Iterable[Item],
     threads: int = 2,
     initializer: Callable[[], None] | None = None,
+    *,
+    pool: ThreadPoolExecutor | None = None,
 ) -> Iterator[Result]:
     """Yield ``work(item)`` in order, computed a few items ahead by a pool of threads.
 
-    Whoever stops early does not wait for what is being computed.
+    Whoever stops early does not wait for what is being computed. A pool that is given is left open.
     """
     waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(threads, initializer=initializer)
+    own = pool is None
+    pool = pool or ThreadPoolExecutor(threads, initializer=initializer)
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
@@ -327,4 +330,5 @@ def ahead(
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if own:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 MOST_FRAMES = 64
 """A segment is captioned from at most so many frames; of longer ones every second is left out, repeatedly."""
 
-_PART = 8
-"""Frames that are encoded together: what a core does best."""
+_PART = 4
+"""Frames that are encoded together: of 8, the network's activations take half as much memory again."""
 
 _REST = 0.25
 """A segment shorter than this share of the others is joined to the one before it."""
@@ -91,10 +92,13 @@ def _segments(captioner: Captioner, reader: _Reader, segment: float | None, say:
     # a core a part, as for photos; the GPU does one thing at a time
     single = partial(torch.set_num_threads, 1) if on_cpu else None
     workers = threads if on_cpu else 1
+    # one pool for both: more threads than cores would get into each other's way
+    pool = ThreadPoolExecutor(workers, initializer=single)
     try:
-        encoded = ahead(encode, reader, workers, single)
-        yield from ahead(tell, _stretches(encoded, reader, segment), workers, single)
+        encoded = ahead(encode, reader, workers, pool=pool)
+        yield from ahead(tell, _stretches(encoded, reader, segment), workers, pool=pool)
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         torch.set_num_threads(threads)
     if reader.error is not None:
         raise reader.error

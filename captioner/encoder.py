@@ -528,6 +528,9 @@ class Encoder(nn.Module):
     def optimise(self) -> Encoder:
         """Fold BatchNorm into the convolutions and lay the weights out channels-last, for inference only."""
         fuse(self.network)
+        for module in self.network.modules():
+            if isinstance(module, (nn.ReLU, nn.ReLU6)):
+                module.inplace = True  # fresh memory for every activation costs a third of the time
         self.network.to(memory_format=torch.channels_last)
         return self
 
