@@ -221,7 +221,7 @@ KINDS = {kind.__name__: kind for kind in (moves, before, sizes, turns, jumps)}
 # --------------------------------------------------------------------------------------------------
 # Clips in files
 
-SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
+SPLITS = {"train": 0.7, "validation": 0.15, "test": 0.15}
 """Each split's share of what can happen to what, and where."""
 
 
@@ -575,8 +575,8 @@ class Settings:
     more_seeds: int
 
 
-WHOLE = Settings({"train": 12000, "validation": 400, "test": 600}, epochs=6, seeds=3, more_seeds=1)
-SMALL = Settings({"train": 2400, "validation": 100, "test": 200}, epochs=3, seeds=1, more_seeds=0)
+WHOLE = Settings({"train": 9000, "validation": 400, "test": 600}, epochs=9, seeds=3, more_seeds=1)
+SMALL = Settings({"train": 3000, "validation": 100, "test": 200}, epochs=6, seeds=1, more_seeds=0)
 
 
 FEW = (
@@ -609,7 +609,9 @@ def run(folder: Path, variant: Variant, epochs: int, seed: int) -> Result:
 
 def save_features(folder: Path, split: str, clips: Clips) -> None:
     """Write the features of a split."""
-    torch.save(vars(clips), folder / f"{split}.pt")
+    part = folder / f"{split}.part"
+    torch.save(vars(clips), part)
+    part.replace(folder / f"{split}.pt")
 
 
 def load_features(folder: Path, split: str) -> Clips:
@@ -650,11 +652,14 @@ def compare(
     return {variant: results[variant] for variant in chosen if variant in results}
 
 
-def report(results: dict[Variant, list[Result]], test: Clips, settings: Settings) -> bool:
-    """Print the table, the bars, and what to choose; return whether the bars hold."""
+def report(results: dict[Variant, list[Result]], test: Clips, small: bool) -> bool:
+    """Print the table, the bars, and what to choose; return whether the bars hold.
+
+    Few clips do not make captions exact, and ``small`` leaves that bar out.
+    """
     kinds = list(dict.fromkeys(test.kinds))
     kinds.sort(key=list(KINDS).index)
-    print(f"\n{len(test)} test clips; per cent, the mean over seeds (lowest to highest); minutes of one core")
+    print(f"\n{len(test)} test clips; per cent: the mean over seeds (lowest to highest), or of one seed")
     print(f"{'what reads the frames, attention':<42}{'exact captions':>21}{'order words':>20}", end="")
     print("".join(f"{kind:>8}" for kind in kinds) + " minutes")
     chances = "".join(f"{100 * test.chance(kind):8.1f}" for kind in kinds)
@@ -666,14 +671,14 @@ def report(results: dict[Variant, list[Result]], test: Clips, settings: Settings
         )
         minutes = statistics.mean(r.minutes for r in found)
         print(f"{variant.name:<42}{_spread(exact):>21}{_spread(order):>20}{of_kinds}{minutes:8.1f}")
-    print("under a kind: its order words\n")
+    print("under a kind: its order words; minutes: of one core, to train\n")
     holds = True
     for variant, found in results.items():
         if not variant.frames.active:
             away = max(abs(r.test.order - test.chance()) for r in found)
             what = f"{variant.name}: most points away from chance"
             holds &= common.verdict(what, 100 * away, at_most=5)
-        elif variant.reader and variant.decides:
+        elif variant.reader and variant.decides and not small:
             right = statistics.mean(r.test.exact for r in found)
             holds &= common.verdict(f"{variant.name}: % exact", 100 * right, at_least=95)
     for bidirectional in (False, True):
@@ -733,9 +738,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"clips: {counts}; {(time.monotonic() - begun) / 60:.1f} minutes so far", flush=True)
         describe(clips["test"])
         results = compare(folder, chosen, settings, options.processes)
-        holds = report(results, clips["test"], settings)
+        holds = report(results, clips["test"], options.small)
     print(f"{(time.monotonic() - begun) / 60:.1f} minutes in all")
-    return 0 if holds or options.small else 1
+    return 0 if holds else 1
 
 
 def describe(clips: Clips) -> None:

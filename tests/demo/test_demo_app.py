@@ -21,8 +21,9 @@ from captioner_demo.limits import LimitError
 from fastapi import FastAPI
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from photo_data import bomb
 from PIL import Image
+
+from demo.photo_data import bomb
 
 META = {"_type": "gradio.FileData"}
 

@@ -42,7 +42,7 @@ def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     """Open the page, and see at the end that nothing was asked of another host and no script failed."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True, **options)
     page = context.new_page()
-    page.set_default_timeout(15000)
+    page.set_default_timeout(60000)
     foreign, errors = [], []
     own = re.match(r"\w+://[^/]+/", url + "/")
     assert own

@@ -22,9 +22,9 @@ from captioner_demo.limits import LimitError, Limits
 from gradio import media
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from photo_data import bomb
 
 from captioner.batch import caption_files, to_record
+from demo.photo_data import bomb
 
 GREEDY = {"beam": 1}
 TOKEN = "0123456789abcdef"

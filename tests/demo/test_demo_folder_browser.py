@@ -48,7 +48,7 @@ def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     options = {"viewport": {"width": 1280, "height": 900}, **options}
     context = browser.new_context(accept_downloads=True, **options)
     page = context.new_page()
-    page.set_default_timeout(20000)
+    page.set_default_timeout(60000)
     foreign, errors = [], []
     own = re.match(r"\w+://[^/]+/", url + "/")
     assert own

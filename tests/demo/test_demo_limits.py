@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from captioner_demo.limits import LimitError, Limits, beginning, pixel_size, read_photo, search_options
-from photo_data import bomb
 from PIL import Image
 
 from captioner.images import ImageError
+from demo.photo_data import bomb
 
 
 def test_a_photo_within_the_limits_is_read(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from captioner_demo.engine import Engine
 from captioner_demo.limits import LimitError
 from captioner_demo.live import Cameras, read_frame, respond, told, view
 from gradio import media
-from photo_data import bomb
 from PIL import Image
 
 from captioner import Captioner, ImageError
 from captioner.clips import Rolling
 from captioner.frame_encoder import FrameConfig
 from captioner.model import CaptionModel
+from demo.photo_data import bomb
 
 
 def jpeg(name: str = "cheetah1.jpg", size: tuple[int, int] = (160, 120), kind: str = "JPEG") -> bytes:

@@ -100,7 +100,7 @@ def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     """Open the live tab, and see at the end that nothing foreign was asked for and no script failed."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
     page = context.new_page()
-    page.set_default_timeout(20000)
+    page.set_default_timeout(60000)
     foreign, errors = [], []
     own = re.match(r"\w+://[^/]+", url)
     assert own

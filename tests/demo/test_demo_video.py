@@ -22,13 +22,13 @@ from captioner_demo import video
 from captioner_demo.engine import Engine
 from captioner_demo.limits import LimitError, Limits
 from captioner_demo.video import Cut, Session, Working
-from clip_data import write_clip, write_sound
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 from captioner import Captioner, VideoCaption
 from captioner.video import VideoError, frames, probe
+from demo.clip_data import write_clip, write_sound
 
 LIMITS = Limits(mb=4, seconds=60)
 CUT = Cut(segment=3.0)

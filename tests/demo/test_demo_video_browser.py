@@ -18,12 +18,12 @@ pytest.importorskip("av", reason='needs PyAV: pip install "captioner[video]"')
 import gradio as gr
 from captioner_demo import Limits, about, build, mount, photo, video
 from captioner_demo.engine import Engine
-from clip_data import write_clip
 from fastapi import FastAPI
 from gradio.route_utils import delete_files_created_by_app
 from PIL import Image
 
 from captioner import Segment
+from demo.clip_data import write_clip
 
 LIMITS = Limits(mb=4, seconds=40)
 WORD = ".cap-clip .cap-word"
@@ -58,7 +58,7 @@ def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     options = {"viewport": {"width": 1280, "height": 900}, "accept_downloads": True, **options}
     context = browser.new_context(**options)
     page = context.new_page()
-    page.set_default_timeout(30000)
+    page.set_default_timeout(60000)
     foreign, errors = [], []
     own = re.match(r"\w+://[^/]+/", url)
     assert own
