@@ -119,11 +119,29 @@ def test_the_comparison(
     assert "(chance at its order words: 50" in printed
     assert "where a stream is captioned live: forward gru over cells, factorised" in printed
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.webp")}
-    assert order.main([*options, "nothing, mean"]) == 1
+    assert order.main([*options, "nothing, mean"]) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.webp")} == written
-    printed = capsys.readouterr().out
-    assert "nothing, mean: most points away from chance" in printed  # nothing was learned
-    assert "at most 5: DOES NOT HOLD" in printed
+    assert "nothing, mean: most points above chance" in capsys.readouterr().out
+
+
+def test_the_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    clips = Clips(torch.zeros(2, 1, 1), [1, 2], ["x"] * 2, ["moves"] * 2, [{0: 0.5}] * 2)
+    blind, reader = Variant("joint"), Variant("factorised", FrameConfig(cell="gru"))
+
+    def holds(blind_order: float, exact: float, small: bool = False) -> bool:
+        found = {}
+        for variant, right, place in ((blind, 0.3, blind_order), (reader, exact, 1.0)):
+            score = order.Score(right, place, {"moves": (right, place)})
+            found[variant] = [order.Result(score, score, 1.0)]
+        return order.report(found, clips, small)
+
+    assert holds(0.46, 0.96)
+    assert not holds(0.44, 0.96)
+    assert not holds(0.56, 0.96)
+    assert not holds(0.5, 0.94)
+    assert holds(0.3, 0.4, small=True)
+    assert not holds(0.56, 0.4, small=True)
+    assert "DOES NOT HOLD" in capsys.readouterr().out
 
 
 def test_an_unknown_variant(capsys: pytest.CaptureFixture[str]) -> None:
