@@ -83,10 +83,10 @@ def encoders(
     import torch
 
     from captioner import checkpoint
-    from captioner.batch import ahead
     from captioner.captioner import BUILT_IN
     from captioner.encoder import compute
     from captioner.images import load, normalise
+    from captioner.parallel import ahead
 
     preprocess = captioner.model.encoder.preprocess
     raw = [torch.from_numpy(load(file, preprocess)[0]) for file in files]

@@ -474,7 +474,7 @@ def watched(job: dict[str, Any]) -> None:
     from captioner_training import loop
     from captioner_training.config import TrainingConfig
 
-    from captioner.batch import ahead
+    from captioner.parallel import ahead
 
     told: dict[str, Any] = {k: [] for k in ("waits", "works", "sizes", "preparing", "utilisation")}
     told["memory"] = 0

@@ -107,9 +107,9 @@ def measures(captioner: Captioner, clip: Path, options: argparse.Namespace) -> M
     import torch
 
     from captioner import checkpoint, video
-    from captioner.batch import ahead
     from captioner.captioner import BUILT_IN
     from captioner.images import load, normalise
+    from captioner.parallel import ahead
 
     preprocess = captioner.model.encoder.preprocess
     raw = [torch.from_numpy(load(f.image, preprocess)[0]) for f in video.frames(clip, options.every)]

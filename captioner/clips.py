@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from captioner.batch import ahead
 from captioner.caption import Caption, Segment
 from captioner.encoder import GridFeatures, join_frames
 from captioner.images import load
+from captioner.parallel import ahead
 from captioner.subtitles import merge
 from captioner.video import Frame, Shots, VideoError, VideoPath, frames, live
 

@@ -27,9 +27,10 @@ from gradio import media
 from gradio.utils import get_upload_folder
 
 from captioner import Caption
-from captioner.batch import FileResult, ahead, to_record
+from captioner.batch import FileResult, to_record
 from captioner.console import dumps
 from captioner.outputs import CsvWriter
+from captioner.parallel import ahead
 from captioner_demo import page, photo
 from captioner_demo.common import Demo, on_load
 from captioner_demo.engine import Engine, display_photo

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from captioner import checkpoint
-from captioner.batch import ahead
 from captioner.calibration import FEATURES, Calibration, caption_features, content_share, word_ranks
 from captioner.caption import SURE
 from captioner.captioner import Captioner, pool
 from captioner.encoder import GridFeatures
 from captioner.images import load
+from captioner.parallel import ahead
 from captioner.tokenizer import END, PAD, START, split_words
 from captioner_training import nothing
 from captioner_training.clips import trained_frames

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioner.batch import ahead
 from captioner.calibration import content_share
 from captioner.captioner import Captioner
 from captioner.encoder import GridFeatures
 from captioner.model import CaptionModel
 from captioner.naming import write
+from captioner.parallel import ahead
 from captioner.search import SearchOptions
 from captioner.tokenizer import detokenize, split_words
 from captioner_training.calibrate import calibration_error, correlation

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from captioner.batch import ahead
 from captioner.checkpoint import write_atomically
 from captioner.encoder import Encoder, GridFeatures, compute, encode, fuse, photo_mask
 from captioner.images import Fit, ImageError, Preprocess, load, open_image
+from captioner.parallel import ahead
 from captioner.video import VideoError
 from captioner_training.clips import FRAMES, take_frames
 from captioner_training.data import DataError, DataSet, Picture, chunks

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from captioner import checkpoint
-from captioner.batch import ahead
 from captioner.captioner import choose_device
 from captioner.encoder import cells
 from captioner.model import CaptionModel
+from captioner.parallel import ahead
 from captioner.search import SearchOptions
 from captioner_training.adapt import replace_dropout
 from captioner_training.allocator import keep_memory

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from captioner import video
 from captioner._version import __version__
-from captioner.batch import ahead
 from captioner.images import PHOTO_SUFFIXES, ImageError, _kind, _not_a_picture, open_image
+from captioner.parallel import ahead
 from captioner_training.data import DataError, PictureStore
 from captioner_training.formats import SPLITS, VIDEO_SUFFIXES, Entry, Source, read, split_named, split_of
 

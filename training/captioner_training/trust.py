@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioner.batch import ahead
 from captioner.calibration import is_content_word, stem
 from captioner.caption import Caption
 from captioner.captioner import Captioner
 from captioner.checkpoint import write_atomically
 from captioner.encoder import GridFeatures, encode, photo_mask
 from captioner.images import Fit
+from captioner.parallel import ahead
 from captioner.tokenizer import END, START
 from captioner_training.calibrate import calibration_error, chance_error, correlation, half, word_pairs
 from captioner_training.data import DataError, DataSet, chunks, load_data_set

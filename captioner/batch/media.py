@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from os import PathLike, fsdecode
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +17,13 @@ from captioner.caption import SCHEMA_VERSION, Caption, Segment, VideoCaption, cl
 from captioner.captioner import Captioner
 from captioner.encoder import region_shares
 from captioner.images import PHOTO_SUFFIXES, Fit, ImageError, find_images, load
+from captioner.parallel import ahead
 from captioner.video import VIDEO_SUFFIXES, VideoError, is_video
 
 DEFAULT_BATCH = 32
 
 LISTED = PHOTO_SUFFIXES | VIDEO_SUFFIXES - {".ts"}
 """Lower-case suffixes of what `find_files` takes from a folder; a .ts there is TypeScript more often."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,30 +301,3 @@ def _batches(paths: Iterator[str], size: int, threads: int) -> Iterator[tuple[in
     while batch := list(islice(paths, size)):
         yield start, batch
         start += len(batch)
-
-
-def ahead(
-    work: Callable[[Item], Result],
-    items: Iterable[Item],
-    threads: int = 2,
-    initializer: Callable[[], None] | None = None,
-    *,
-    pool: ThreadPoolExecutor | None = None,
-) -> Iterator[Result]:
-    """Yield ``work(item)`` in order, computed a few items ahead by a pool of threads.
-
-    Whoever stops early does not wait for what is being computed. A pool that is given is left open.
-    """
-    waiting: deque[Future[Result]] = deque()
-    own = pool is None
-    pool = pool or ThreadPoolExecutor(threads, initializer=initializer)
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        if own:
-            pool.shutdown(wait=False, cancel_futures=True)

@@ -17,7 +17,6 @@ from captioner import Captioner
 from captioner.batch import (
     ClipResult,
     FileResult,
-    ahead,
     caption_files,
     caption_media,
     find_files,
@@ -25,6 +24,7 @@ from captioner.batch import (
 )
 from captioner.caption import SCHEMA_VERSION, Segment, clock
 from captioner.images import ImageError, find_images
+from captioner.parallel import ahead
 
 
 @pytest.fixture
