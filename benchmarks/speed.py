@@ -83,7 +83,7 @@ def encoders(
     import torch
 
     from captioner import checkpoint
-    from captioner.captioner import BUILT_IN
+    from captioner.identity import BUILT_IN
     from captioner.encoder import compute
     from captioner.images import load, normalise
     from captioner.parallel import ahead

@@ -107,7 +107,7 @@ def measures(captioner: Captioner, clip: Path, options: argparse.Namespace) -> M
     import torch
 
     from captioner import checkpoint, video
-    from captioner.captioner import BUILT_IN
+    from captioner.identity import BUILT_IN
     from captioner.images import load, normalise
     from captioner.parallel import ahead
 

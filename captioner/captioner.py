@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from captioner import checkpoint
+from captioner import checkpoint, identity
 from captioner.calibration import Calibration, caption_features, plain_confidence, word_ranks
 from captioner.caption import Alternative, Caption, Segment, VideoCaption, Word, join_words
 from captioner.checkpoint import Header
@@ -19,11 +20,9 @@ from captioner.encoder import GridFeatures, encode, join_frames, region_shares
 from captioner.images import Fit, load
 from captioner.model import CaptionModel
 from captioner.naming import write
+from captioner.neutral import Avoided, avoided
 from captioner.search import Hypothesis, Machine, Phrase, SearchOptions
 from captioner.tokenizer import END, PAD, SPECIAL, START, UNKNOWN, split_words
-
-BUILT_IN = Path(__file__).parent / "weights" / "captioner.safetensors"
-"""The model that comes with the package."""
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,6 +62,8 @@ class Captioner:
         self.model.encoder.optimise().to(PRECISIONS[precision])
         self.header = header
         self.calibration = calibration
+        self.fingerprint: str | None = None
+        """`captioner.identity.fingerprint` of the checkpoint that it was loaded from."""
         tokenizer = model.tokenizer
         self._continues = (
             None
@@ -92,16 +93,19 @@ class Captioner:
             CheckpointError: if the file cannot be used.
             ValueError: for a device that is not there, or an unknown precision.
         """
-        path = Path(path) if path is not None else BUILT_IN
+        path = Path(path) if path is not None else identity.BUILT_IN
         chosen = choose_device(device)
-        if device != "auto" or chosen.type != "mps":
-            return cls(*checkpoint.load(path, chosen), precision=precision)
-        reference = cls(*checkpoint.load(path, "cpu"), precision=precision)
-        try:
-            captioner = cls(*checkpoint.load(path, chosen), precision=precision)
-            return captioner if captioner._agrees_with(reference) else reference
-        except RuntimeError:  # an operation that the device lacks
-            return reference
+        captioner = cls(*checkpoint.load(path, chosen), precision=precision)
+        if device == "auto" and chosen.type == "mps":
+            reference = cls(*checkpoint.load(path, "cpu"), precision=precision)
+            try:
+                agrees = captioner._agrees_with(reference)
+            except RuntimeError:  # an operation that the device lacks
+                agrees = False
+            captioner = captioner if agrees else reference
+        with suppress(OSError):  # it has just been read
+            captioner.fingerprint = identity.fingerprint(path)
+        return captioner
 
     @property
     def device(self) -> torch.device:
@@ -166,6 +170,8 @@ class Captioner:
         prefix: str = "",
         region: Any = None,
         must: Sequence[str | Sequence[str]] = (),
+        avoid: Sequence[str] = (),
+        neutral: bool = False,
         seed: int = 0,
         **options: Any,
     ) -> Caption:
@@ -177,6 +183,9 @@ class Captioner:
             region: a box ``(left, top, right, bottom)`` in pixels of the photo as seen (after EXIF
                 rotation), or a mask ``(height, width)`` of booleans or 0 to 1: what the model may see.
             must: words or phrases that have to appear; in the place of one, a sequence of alternatives.
+            avoid: words or phrases that must not appear, except in the prefix.
+            neutral: say "person" instead of "man" or "woman", "their" instead of "his" or "her", and so on;
+                see `captioner.neutral`. Such a word's probability is that of all the words it stands for.
             seed: of the random numbers when ``sample=True``.
             options: fields of `captioner.search.SearchOptions`: ``beam``, ``n_best``, ``sample``, …; the
                 rest is the model's default.
@@ -184,7 +193,7 @@ class Captioner:
         Raises:
             ImageError: if the picture cannot be read.
             ValueError: for an impossible option, an empty region, or a required word that is not in the
-                vocabulary.
+                vocabulary or has to be avoided.
         """
         features = image if isinstance(image, GridFeatures) else self.encode(image)
         if len(features) != 1:
@@ -192,7 +201,14 @@ class Captioner:
                 f"caption() takes one picture, and these are {len(features)}: use caption_batch()"
             )
         return self.caption_batch(
-            features, prefix=prefix, regions=[region], must=must, seeds=[seed], **options
+            features,
+            prefix=prefix,
+            regions=[region],
+            must=must,
+            avoid=avoid,
+            neutral=neutral,
+            seeds=[seed],
+            **options,
         )[0]
 
     @torch.inference_mode()
@@ -203,6 +219,8 @@ class Captioner:
         prefix: str | Sequence[str] = "",
         regions: Sequence[Any] | None = None,
         must: Sequence[str | Sequence[str]] = (),
+        avoid: Sequence[str] = (),
+        neutral: bool = False,
         seeds: Sequence[int] | None = None,
         **options: Any,
     ) -> list[Caption]:
@@ -212,7 +230,7 @@ class Captioner:
             images: pictures, or features of several.
             prefix: one for all, or one for each picture.
             regions: for each picture a region or None, see `caption`.
-            must: required words, the same for all, see `caption`.
+            must, avoid, neutral: the same for all, see `caption`.
             seeds: for each picture; the default is 0, 1, 2, …
             options: see `caption`.
 
@@ -220,7 +238,8 @@ class Captioner:
             ImageError, ValueError: as `caption`.
         """
         chosen = self.options(**options)
-        requirements = self._requirements(must)
+        never = avoided(self.model.tokenizer, avoid, neutral)
+        requirements = self._requirements(must, never)
         features = images if isinstance(images, GridFeatures) else self.encode_batch(images)
         if features.data.shape[-1] != self.model.encoder.width:
             raise ValueError(
@@ -244,6 +263,7 @@ class Captioner:
             requirements=requirements,
             seeds=[int(seed) for seed in seeds] if seeds is not None else range(count),
             continues=self._continues,
+            avoided=never,
         )
         familiar = self._familiarity(features)
         guesses = self._guesses(features)
@@ -362,14 +382,22 @@ class Captioner:
             chosen = replace(chosen, beam=chosen.n_best)
         return chosen.check()
 
-    def check(self, *, must: Sequence[str | Sequence[str]] = (), **options: Any) -> None:
+    def check(
+        self,
+        *,
+        must: Sequence[str | Sequence[str]] = (),
+        avoid: Sequence[str] = (),
+        neutral: bool = False,
+        **options: Any,
+    ) -> None:
         """See, without a picture, whether `caption` would refuse these words and options.
 
         Raises:
-            ValueError: for an unknown or impossible option, or a required word that is not in the vocabulary.
+            ValueError: for an unknown or impossible option, or a required word that is not in the vocabulary
+                or has to be avoided.
         """
         self.options(**options)
-        requirements = self._requirements(must)
+        requirements = self._requirements(must, avoided(self.model.tokenizer, avoid, neutral))
         if requirements:
             Machine(requirements, self._continues)
 
@@ -382,7 +410,7 @@ class Captioner:
         ]
         return features.within(torch.tensor(shares))
 
-    def _requirements(self, must: Sequence[str | Sequence[str]]) -> list[list[Phrase]]:
+    def _requirements(self, must: Sequence[str | Sequence[str]], never: Avoided | None) -> list[list[Phrase]]:
         if isinstance(must, str):
             raise ValueError(f"must is a list of words: write must=[{must!r}]")
         requirements = []
@@ -392,7 +420,10 @@ class Captioner:
                 tokens = self.model.tokenizer.encode(phrase)
                 if not tokens or UNKNOWN in tokens:
                     raise ValueError(f"the required word {phrase!r} is not in the model's vocabulary")
-                phrases.append(tuple(tokens))
+                if never is None or never.allows(tokens):
+                    phrases.append(tuple(tokens))
+            if not phrases and entry:
+                raise ValueError(f"the required word {phrase!r} is among those to be avoided")
             requirements.append(phrases)
         return requirements
 

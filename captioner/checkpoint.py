@@ -7,9 +7,7 @@ file's metadata. No pickle anywhere. Floats are stored in 16 bits and used in 32
 from __future__ import annotations
 
 import json
-import os
 import stat
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from captioner import tokenizer as tokenizers
 from captioner.calibration import Calibration
 from captioner.decoder import DecoderConfig
 from captioner.encoder import Encoder, EncoderError
+from captioner.files import write_atomically
 from captioner.frame_encoder import FrameConfig
 from captioner.images import Preprocess
 from captioner.model import CaptionModel
@@ -77,30 +76,6 @@ class Header:
             "summary": self.summary,
             **({} if self.frames is None else {"frames": self.frames.to_dict()}),
         }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash or a full disk leaves the old one or the new one, never a part.
-
-    Raises:
-        OSError: if it cannot be written, with the name of the file meant; nothing is left behind then.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
 
 
 def save(

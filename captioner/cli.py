@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from enum import Enum
@@ -75,6 +77,22 @@ class FitMode(str, Enum):
     letterbox = "letterbox"
 
 
+class Existing(str, Enum):
+    """What happens to somebody's own sidecars."""
+
+    keep = "keep"
+    overwrite = "overwrite"
+    append = "append"
+    prepend = "prepend"
+
+
+class EngineName(str, Enum):
+    """Where a batch is captioned."""
+
+    local = "local"
+    ray = "ray"
+
+
 class PublishedData(str, Enum):
     """Which published results stand beside one's own; auto guesses it by the names."""
 
@@ -100,6 +118,9 @@ def main() -> NoReturn:
     if sys.stdout is None:
         say("standard output is closed")
         sys.exit(UNUSABLE)
+    if not sys.warnoptions:  # Pillow's, on damaged files: each gets a line of ours
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        logging.getLogger("PIL").addHandler(logging.NullHandler())
     if isinstance(sys.stdout, io.TextIOWrapper):
         # for what ASCII lacks; half a surrogate (a file name that is not UTF-8) becomes its escape in JSON
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -322,11 +343,100 @@ def caption(
         typer.Option(help="Of the encoder: float32, bfloat16 or float16.", metavar="TYPE"),
     ] = Precision.float32,
     threads: Threads = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Batch: write records to FILE.jsonl, .csv, .parquet, or .json for COCO results. Run it "
+            "again after a crash, or with more files: what is done is not done twice.",
+            metavar="FILE",
+        ),
+    ] = None,
+    sidecars: Annotated[
+        bool, typer.Option("--sidecars", help="Batch: write the caption of photos/x.jpg to photos/x.txt.")
+    ] = False,
+    alt_text: Annotated[
+        bool,
+        typer.Option("--alt-text", help="Batch: write the caption into the photo's metadata as alt text."),
+    ] = False,
+    existing: Annotated[
+        Existing,
+        typer.Option(
+            help="Sidecars that captioner did not write, or that were edited since: keep, overwrite, append "
+            "or prepend.",
+            metavar="HOW",
+        ),
+    ] = Existing.keep,
+    before: Annotated[
+        str,
+        typer.Option(
+            help="With --sidecars: put this in front of every caption, as it is (a trigger word). The model "
+            "does not see it; --prefix is what the model goes on from.",
+            metavar="TEXT",
+            show_default=False,
+        ),
+    ] = "",
+    after: Annotated[
+        str,
+        typer.Option(help="With --sidecars: put this behind it.", metavar="TEXT", show_default=False),
+    ] = "",
+    min_confidence: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Batch: captions below P go to FILE.review.jsonl, and to no sidecar or metadata.",
+            metavar="P",
+        ),
+    ] = 0.0,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Batch: write a page with all pictures, captions and attention, to look them over.",
+            metavar="FILE.html",
+        ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="The column of paths of a PATH that is a table. [default: path, file, …]", metavar="NAME"
+        ),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Batch: go on as files arrive, until Ctrl-C.")
+    ] = False,
+    checksum: Annotated[
+        bool, typer.Option("--checksum", help="Batch: tell changed files by content, not by size and time.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Batch: exit code 1 if any file could not be captioned.")
+    ] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            help="Batch: where what is done is noted. [default: beside --output, or in the folder]",
+            metavar="FILE",
+        ),
+    ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="Batch: local, or ray for a cluster.", metavar="NAME")
+    ] = EngineName.local,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="With --engine ray: the cluster. [default: as Ray finds it]", metavar="HOST:PORT"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --engine ray. [default: as many as there is room for]", metavar="N"),
+    ] = None,
 ) -> None:
     """Say what photos and videos show.
 
     PATH is a photo, a video, a folder or a glob (quoted: '**/*.jpg'); there may be several. Photos and videos
-    are told apart by content; GIF and WebP animations are videos.
+    are told apart by content; GIF and WebP animations are videos. With --output, --sidecars, --alt-text,
+    --report or --watch it may also be a tar archive, a table with a column of paths, an address (s3://…), or
+    - for a list of paths on standard input: see docs/batch.md.
 
     Prints a caption a line, and for a video a line for each segment: "path: caption", or "path: 0:05 to 0:10:
     caption"; without the path for a single file. When the model is not sure what it sees, the line says so.
@@ -334,7 +444,7 @@ def caption(
 
     Exit code: 0 if all files were captioned; 1 if some could not be, or not to their end (each gets a line on
     stderr, the others are captioned); 2 if nothing could be done; 130 after Ctrl-C, which with --live is the
-    usual end, and 0.
+    usual end, and 0. In a batch 0 although some could not be, but for --strict; 3 if it had to stop early.
     """
     if as_json + as_jsonl + as_csv > 1:
         fail("choose one of --json, --jsonl and --csv")
@@ -363,6 +473,71 @@ def caption(
     options.update(n_best=n_best, sample=sample, prefix=prefix, must=must or [], seed=seed)
     options["region"] = _box(region)
     clips = _clip_options(every, segment, start, end)
+    batch = {
+        **{"--output": output, "--sidecars": sidecars, "--alt-text": alt_text},
+        **{"--report": report, "--watch": watch},
+    }
+    with_batch = {
+        **{"--min-confidence": min_confidence, "--column": column, "--checksum": checksum},
+        **{"--strict": strict, "--journal": journal, "--workers": workers, "--ray-address": ray_address},
+        "--engine": engine is not EngineName.local,
+    }
+    wish: object
+    for option, wish in {"--before": before, "--after": after}.items():
+        if wish and not sidecars:
+            fail(f"{option} needs --sidecars")
+    if any(batch.values()):
+        writes = next(option for option, value in batch.items() if value)
+        printing = {"--json": as_json, "--jsonl": as_jsonl, "--csv": as_csv, "--attention": attention}
+        for option, wish in {**printing, "--overlay": overlay, "--live": live}.items():
+            if wish:
+                fail(f"{option} does not go together with {writes}, which writes files of its own")
+        for option, wish in {"--srt": srt, "--vtt": vtt}.items():
+            if wish not in (None, "beside"):
+                fail(f"{option} {wish}: in a batch, give {option} beside for a file next to each video")
+        for option, wish in {"--ray-address": ray_address, "--workers": workers}.items():
+            if wish is not None and engine is EngineName.local:
+                fail(f"{option} needs --engine ray")
+        if not paths:
+            fail("give files, folders or patterns, or - for a list on standard input")
+        with mistakes():
+            from captioner.batch.command import Batch, run_batch
+
+            code = run_batch(
+                Batch(
+                    paths,
+                    recursive=recursive,
+                    column=column,
+                    output=output,
+                    journal=journal,
+                    sidecars=sidecars,
+                    alt_text=alt_text,
+                    srt=srt is not None,
+                    vtt=vtt is not None,
+                    existing=existing.value,
+                    before=before,
+                    after=after,
+                    min_confidence=min_confidence,
+                    checksum=checksum,
+                    strict=strict,
+                    report=report,
+                    watch=watch,
+                    ray=engine is EngineName.ray,
+                    address=ray_address,
+                    workers=workers,
+                    model=model,
+                    device=device,
+                    precision=precision.value,
+                    threads=threads,
+                    batch_size=batch_size,
+                    clips=clips,
+                    options=options,
+                )
+            )
+        raise typer.Exit(code)
+    for option, wish in with_batch.items():
+        if wish:
+            fail(f"{option} is for a batch: give --output, --sidecars, --alt-text, --report or --watch too")
     kind = JsonWriter if as_json else JsonlWriter if as_jsonl else CsvWriter if as_csv else Writer
     if live is not None:
         file_options = {"a PATH": paths, "--overlay": overlay, "--srt": srt, "--vtt": vtt}
@@ -375,7 +550,7 @@ def caption(
             clips["window"] = clips.pop("segment")
         with mistakes(), kind(attention) as writer:
             captioner = _load(model, device, precision.value, threads)
-            writer.model = captioner.header.name
+            writer.of(captioner)
             code = _caption_live(captioner, live, writer, {**clips, **options})
         raise typer.Exit(code)
     if not paths:
@@ -397,7 +572,7 @@ def caption(
         ]
         overlays = Overlays(overlay, overlay_format, names, clips) if overlay else None
         captioner = _load(model, device, precision.value, threads)
-        writer.model = captioner.header.name
+        writer.of(captioner)
         captioned = failures = 0
         clip_count, seconds, computing = 0, 0.0, 0.0
 
@@ -563,10 +738,10 @@ def info(
 ) -> None:
     """Show what a model is: its size, parts, data, scores and terms."""
     with mistakes():
-        from captioner.captioner import BUILT_IN
+        from captioner import identity
         from captioner.checkpoint import read_header
 
-        path = model or BUILT_IN
+        path = model or identity.BUILT_IN
         header = read_header(path)
         facts = header.to_dict()
         tokenizer = facts.pop("tokenizer")

@@ -14,8 +14,12 @@ FAILED = 1
 """Exit code when some file could not be captioned; the others were."""
 UNUSABLE = 2
 """Exit code when nothing could be done: no readable file, a wrong option, model or output."""
+STOPPED = 3
+"""Exit code when a run had to stop before its end (a full disk, say); what it has done is kept."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+TERMINATED = 143
+"""Exit code after SIGTERM."""
 UNREAD = 141
 """Exit code when whoever read our output has gone (head, say), as after SIGPIPE."""
 

@@ -9,6 +9,7 @@ is decoded. Nothing in this module changes state outside it, so all of it may be
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import glob
 import importlib
@@ -16,8 +17,11 @@ import io
 import math
 import os
 import re
+import select
 import stat
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,7 +40,13 @@ MAX_PIXELS = 2**28
 """Pictures with more pixels (268 million) are refused before they are decoded.
 
 Decoded, that many take one gibibyte as Pillow holds them. A 20,000 x 10,000 panorama and the 200-megapixel
-photos of phones pass."""
+photos of phones pass. Of those above a sixteenth of it, all threads together decode one at a time."""
+
+MAX_SIDE = 2**20
+"""Longer and higher pictures are refused, too: every row takes memory of its own."""
+
+MAX_BYTES = 2**30
+"""Larger files are refused, unless they are TIFF, BMP or PPM, of which only the pixels are read."""
 
 # fmt: off
 PHOTO_SUFFIXES = frozenset((
@@ -199,8 +209,10 @@ def load(source: ImageSource, preprocess: Preprocess) -> tuple[np.ndarray, Fit]:
     Raises:
         ImageError: the picture cannot be used.
     """
-    image, width, height, box = _decode(source, functools.partial(_shrinkage, preprocess))
-    square, fit = _fit(image, width, height, box, preprocess)
+    with contextlib.ExitStack() as held:
+        image, width, height, box = _decode(source, functools.partial(_shrinkage, preprocess), held)
+        square, fit = _fit(image, width, height, box, preprocess)
+        del image
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), fit
 
 
@@ -230,7 +242,8 @@ def open_image(source: ImageSource, *, draft_size: int | None = None) -> Image.I
     if draft_size is not None and draft_size < 1:
         raise ValueError(f"draft_size must be at least 1, found {draft_size}")
     shrinkage = None if draft_size is None else lambda width, height: min(width, height) / draft_size
-    image = _decode(source, shrinkage).image
+    with contextlib.ExitStack() as held:
+        image = _decode(source, shrinkage, held).image
     if image is source or isinstance(image, ImageFile.ImageFile):
         image = image.copy()
     image.info = {}  # an orientation left behind would be applied a second time by the next reader
@@ -335,18 +348,26 @@ class _Decoded(NamedTuple):
     """Where the photo lies in ``image``: a reduced JPEG has a partial last column and row."""
 
 
-def _decode(source: ImageSource, shrinkage: Callable[[int, int], float] | None) -> _Decoded:
-    """Decode ``source``; ``shrinkage`` maps width and height to the factor it is reduced by afterwards."""
+def _decode(
+    source: ImageSource, shrinkage: Callable[[int, int], float] | None, held: contextlib.ExitStack
+) -> _Decoded:
+    """Decode ``source``.
+
+    Args:
+        source: see `open_image`.
+        shrinkage: maps width and height to the factor the picture is reduced by afterwards.
+        held: takes the lock under which a large picture is decoded; to be closed when it is needed no more.
+    """
     name = _name(source)
     if isinstance(source, np.ndarray):
         return _whole(_from_array(source, name))
     with contextlib.ExitStack() as stack:
         try:
             if isinstance(source, Image.Image):
-                return _render(source, name, None)
+                return _render(source, name, None, held)
             stream, suffix = _open_stream(source, name)
             stack.enter_context(stream)
-            return _render(_identify(stream, suffix, name), name, shrinkage)
+            return _render(_identify(stream, suffix, name), name, shrinkage, held)
         except ImageError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever the damage makes them stumble over
@@ -357,13 +378,17 @@ def _whole(image: Image.Image) -> _Decoded:
     return _Decoded(image, *image.size, (0.0, 0.0, float(image.width), float(image.height)))
 
 
-def _render(image: Image.Image, name: str, shrinkage: Callable[[int, int], float] | None) -> _Decoded:
+def _render(
+    image: Image.Image,
+    name: str,
+    shrinkage: Callable[[int, int], float] | None,
+    held: contextlib.ExitStack,
+) -> _Decoded:
     """Decode an image that has been opened; turn it upright and into RGB."""
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, width, height)
-    if not width or not height:
-        raise ImageError(f"{name}: the picture has no pixels ({width} x {height}); give another picture")
+    _check_size(width, height, name)
+    if isinstance(image, ImageFile.ImageFile):
+        _check_work(image, name)
 
     photo = None
     if shrinkage is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -371,6 +396,8 @@ def _render(image: Image.Image, name: str, shrinkage: Callable[[int, int], float
         factor = max((factor for factor in (2, 4, 8) if factor <= most), default=1)
         drafted = factor > 1 and image.draft(None, (width // factor, height // factor))
         photo = drafted[1][2:] if drafted else None  # in decoded pixels, with a fraction
+    if image.width * image.height > MAX_PIXELS // 16:
+        held.enter_context(_LARGE)
     image.load()
     if photo is None:
         photo = width, height = image.size  # a TIFF may have turned itself upright
@@ -386,6 +413,61 @@ def _render(image: Image.Image, name: str, shrinkage: Callable[[int, int], float
     left = spare[0] if orientation in (2, 3, 6, 7) else 0
     top = spare[1] if orientation in (3, 4, 7, 8) else 0
     return _Decoded(image, width, height, (left, top, left + photo[0], top + photo[1]))
+
+
+_LARGE = threading.RLock()
+"""Held while a large picture is in memory: four threads with one each would take several gibibytes."""
+
+
+def _fresh_lock() -> None:
+    global _LARGE
+    _LARGE = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a process that is forked meanwhile would wait for ever
+    os.register_at_fork(after_in_child=_fresh_lock)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    """Refuse a picture by what its header says."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise _too_large(name, width, height)
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: the picture has no pixels ({width} x {height}); give another picture")
+
+
+def _check_work(image: ImageFile.ImageFile, name: str) -> None:
+    """Refuse a picture that takes far longer to decode than its size tells."""
+    unusual = ""
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.info.get("progressive"):
+        scans = _scans(image.fp)
+        if scans * (image.width // 8 + 1) * (image.height // 8 + 1) > _MOST_BLOCKS:
+            unusual = f"a progressive JPEG of {scans} scans"
+    elif len(image.tile) > _MOST_TILES:
+        unusual = f"made of {len(image.tile)} parts"
+    elif any(tile[0] == "bmp_rle" for tile in image.tile) and image.width * image.height > MAX_PIXELS // 16:
+        unusual = "a run-length encoded BMP, which is read slowly"
+    if unusual:
+        raise ImageError(
+            f"{name}: {image.width} x {image.height} pixels, and {unusual}; save it again as PNG or as an"
+            " ordinary JPEG"
+        )
+
+
+_MOST_BLOCKS = 2**28
+"""Blocks of 8 x 8 pixels times scans of a progressive JPEG; takes seconds. Usual are ten scans."""
+_MOST_TILES = 2**17
+"""Strips or tiles of a TIFF: each takes longer than its pixels."""
+
+
+def _scans(stream: Any) -> int:
+    """Count the scans of a JPEG; the marker cannot occur within compressed data."""
+    stream.seek(0)
+    count, last = 0, b""
+    while block := stream.read(2**20):
+        count += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    return count
 
 
 # EXIF orientation to the transposition that undoes it; 1 is upright
@@ -441,7 +523,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if mode == "La":
         image = image.convert("LA")
     if mode in ("RGBa", "La") or image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = image.getchannel("A")
         if alpha.getextrema() != (255, 255):
             paper = Image.new("RGB", image.size, "white")
@@ -473,14 +555,25 @@ def _grey_to_8_bits(values: np.ndarray) -> np.ndarray:
     finite = np.isfinite(values)
     if not finite.any():
         raise ValueError("no pixel is a number")
-    low, high = float(values[finite].min()), float(values[finite].max())
+    known = values if finite.all() else values[finite]
+    low, high = float(known.min()), float(known.max())
     if values.dtype.kind == "i" and low >= 0 and high <= 65535:
         return _from_16_bits(values)  # Pillow before 11.0 opens 16-bit PNGs as 32-bit integers
     if values.dtype.kind == "f" and low >= 0 and high <= 255:
         low, high = 0.0, 1.0 if high <= 1 else 255.0
     span = (high - low) or 1.0
-    scaled = (np.where(finite, values, low).astype(np.float64) - low) * (255 / span)
-    return np.rint(scaled).astype(np.uint8)
+    greys = np.empty(values.shape, np.uint8)
+    for rows in _bands(values):  # in float64, which would take eight times the picture's memory at once
+        scaled = (np.where(finite[rows], values[rows], low).astype(np.float64) - low) * (255 / span)
+        greys[rows] = np.rint(scaled)
+    return greys
+
+
+def _bands(values: np.ndarray) -> Iterator[slice]:
+    """Cut rows into bands of about a million pixels."""
+    step = max(1, 2**20 // max(1, values.shape[1]))
+    for top in range(0, values.shape[0], step):
+        yield slice(top, top + step)
 
 
 @functools.cache
@@ -490,7 +583,10 @@ def _table_16_to_8() -> np.ndarray:
 
 def _from_16_bits(values: np.ndarray) -> np.ndarray:
     """Map 0..65535 to the nearest of 0..255."""
-    return _table_16_to_8()[values]
+    greys, table = np.empty(values.shape, np.uint8), _table_16_to_8()
+    for rows in _bands(values):
+        greys[rows] = table[values[rows]]
+    return greys
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
@@ -507,9 +603,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
         raise ImageError(f"{name}: its shape ({shape}) is not that of a picture; {hint}")
     if array.size == 0:
         raise ImageError(f"{name}: the picture has no pixels ({shape}); give another picture")
-    height, width = array.shape[:2]
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, width, height)
+    _check_size(array.shape[1], array.shape[0], name)
 
     if array.dtype == np.bool_:
         pixels = array.astype(np.uint8) * np.uint8(255)
@@ -583,10 +677,20 @@ def _identify(stream: IO[bytes], suffix: str, name: str) -> Image.Image:
     kind = _kind(head)
     if kind is None or (suffix in _RAW_SUFFIXES and kind == "tiff"):  # a raw file's first page is a thumbnail
         raise _not_a_picture(head, suffix, name)
+    if kind not in _READ_IN_PARTS and stream.seek(0, os.SEEK_END) > MAX_BYTES:
+        raise ImageError(
+            f"{name}: the file has more than the {MAX_BYTES / 1e6:.0f} million bytes allowed; make it smaller"
+        )
+    stream.seek(0)
+    if kind in _READ_BYTEWISE:
+        stream = _Patient(stream)
     if kind == "jpeg":
         return _Jpeg(stream)
     if kind == "tiff":
+        _check_tiff(stream, name)
         return _Tiff(stream)
+    if kind == "gif":
+        _check_gif(stream, name)
     module, decoder = _DECODERS[kind]
     try:
         plugin = importlib.import_module(module)
@@ -607,6 +711,99 @@ def _identify(stream: IO[bytes], suffix: str, name: str) -> Image.Image:
             raise _truncated(name) from error
         raise
     return image
+
+
+_READ_IN_PARTS = frozenset(("tiff", "bmp", "ppm"))
+_READ_BYTEWISE = frozenset(("jpeg", "png", "ppm"))
+
+
+class _Patient:
+    """A file that is read in at most a million calls: headers can be made of countless tiny parts."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._left = 2**20
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("it has too many parts")
+        return self._stream.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _check_tiff(stream: IO[bytes], name: str) -> None:
+    """Refuse a TIFF whose tags take more than the file: Pillow reads each of them, though they overlap."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    head = stream.read(16)
+    order = "<" if head[:1] == b"I" else ">"
+    big = b"+" in head[2:4]
+    place, fields = (order + "Q", order + "HHQQ") if big else (order + "I", order + "HHII")
+    total = 0
+    try:
+        stream.seek(struct.unpack_from(place, head, 8 if big else 4)[0])
+        (count,) = struct.unpack(order + ("Q" if big else "H"), stream.read(8 if big else 2))
+        entries = stream.read(min(count, 2**16) * struct.calcsize(fields))
+        for at in range(0, len(entries) - struct.calcsize(fields) + 1, struct.calcsize(fields)):
+            _, kind, values, offset = struct.unpack_from(fields, entries, at)
+            taken = values * _TIFF_BYTES.get(kind, 0)
+            if taken > (8 if big else 4):
+                total += min(taken, max(0, size - offset))
+            if kind not in _TIFF_RAW and values > 2**22 and taken <= size:
+                raise ImageError(
+                    f"{name}: the picture is damaged: one of its tags holds {values} numbers;"
+                    " save it again as PNG"
+                )
+    except (struct.error, OverflowError, OSError):  # Pillow says what is wrong
+        total = 0
+    if total > min(max(size, 2**16), MAX_BYTES // 2):
+        raise ImageError(
+            f"{name}: the picture is damaged: its tags take more bytes than the file; save it again as PNG"
+        )
+    stream.seek(0)
+
+
+_TIFF_BYTES = dict(zip(range(1, 19), (1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8), strict=True))
+"""How long a value of each type is."""
+_TIFF_RAW = frozenset((1, 2, 6, 7))
+"""Types that are not taken apart into numbers."""
+
+
+def _check_gif(stream: IO[bytes], name: str) -> None:
+    """Refuse a GIF with a comment so long that Pillow, which joins it block by block, takes minutes."""
+    head = stream.read(13)
+    colours = head[10] if len(head) > 10 else 0
+    stream.seek(13 + (3 << (colours & 7) + 1 if colours & 0x80 else 0))
+    comments = 0
+
+    def skip() -> int:
+        taken = 0
+        while (length := stream.read(1)) and length[0]:
+            taken += length[0]
+            stream.seek(length[0], os.SEEK_CUR)
+        return taken
+
+    while mark := stream.read(1):
+        if mark == b"!":
+            label = stream.read(1)
+            taken = skip()
+            comments += taken if label == b"\xfe" else 0
+            if comments > 2**20:
+                raise ImageError(
+                    f"{name}: the picture is of an unusual kind: a comment of more than a million bytes is"
+                    " in it; save it again without"
+                )
+        elif mark == b",":
+            part = stream.read(9)
+            flags = part[8] if len(part) > 8 else 0
+            stream.seek((3 << (flags & 7) + 1 if flags & 0x80 else 0) + 1, os.SEEK_CUR)
+            skip()
+        elif mark == b";":
+            break
+    stream.seek(0)
 
 
 def _kind(head: bytes) -> str | None:
@@ -695,8 +892,7 @@ def _open_path(path: str, name: str) -> IO[bytes]:
             os.scandir(path).close()  # a folder that cannot be listed is the likelier trouble
             raise ImageError(f"{name}: this is a folder; give the pictures in it")
         if stat.S_ISFIFO(mode):  # <(...) in a shell
-            with open(path, "rb") as pipe:
-                return io.BytesIO(pipe.read())
+            return io.BytesIO(_read_pipe(path, name))
         if not stat.S_ISREG(mode):
             raise ImageError(f"{name}: this is a device, not a file; give a picture")
         return open(path, "rb")
@@ -712,6 +908,31 @@ def _open_path(path: str, name: str) -> IO[bytes]:
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{name}: this is not a valid path ({error}); check it") from error
+
+
+def _read_pipe(path: str, name: str) -> bytes:
+    """Read a pipe to its end; one that nobody writes to is not waited for."""
+    patience = time.monotonic() + _WAIT_FOR_WRITER
+    data = bytearray()
+    # opening it the usual way waits for a writer, for ever
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        while True:
+            part = pipe.read(2**20)  # None: there is a writer, who says nothing yet
+            if part:
+                data += part
+                if len(data) > MAX_BYTES:
+                    raise ImageError(f"{name}: what comes out of this pipe does not end; give a picture")
+            elif part is not None and (data or time.monotonic() > patience):
+                return bytes(data)
+            elif part is None:
+                patience = 0.0  # what comes now is the end, even of nothing
+                select.select([pipe], [], [])
+            else:
+                time.sleep(0.01)
+
+
+_WAIT_FOR_WRITER = 3.0
+"""Seconds."""
 
 
 # Errors.
@@ -768,9 +989,14 @@ def _unreadable(error: OSError, name: str) -> ImageError:
     return ImageError(f"{name}: it cannot be read ({error.strerror or error}); check the path and the disk")
 
 
-def _too_large(name: str, width: int, height: int) -> ImageError:
+def _too_large(name: str, width: int, height: int, most: int | None = None) -> ImageError:
+    most = MAX_PIXELS if most is None else most
+    if width * height <= most:
+        return ImageError(
+            f"{name}: {width} x {height} has a side of more than {MAX_SIDE} pixels; cut it in parts"
+        )
     return ImageError(
-        f"{name}: {width} x {height} is more than the {MAX_PIXELS / 1e6:.0f} million pixels allowed;"
+        f"{name}: {width} x {height} is more than the {most / 1e6:.0f} million pixels allowed;"
         " make the picture smaller"
     )
 
@@ -806,27 +1032,45 @@ def find_images(
         paths = [paths]
     found: list[Path] = []
     for given in paths:
-        path = os.fsdecode(given)
-        if not path:
-            raise ImageError("'': the path is empty; give a file, a folder or a pattern")
-        if os.path.isdir(path):
-            names = sorted(_list_photos(path, recursive, suffixes))
-            if not names:
-                raise _no_pictures(path, recursive, suffixes)
-        elif not os.path.lexists(path) and glob.has_magic(path):
-            names = _expand(path, recursive, suffixes)
-            if not names:
-                kind = "picture or video" if suffixes - PHOTO_SUFFIXES else "picture"
-                raise ImageError(f"{_name(path)}: no {kind} matches this pattern; check it")
-        else:
-            names = [path]
-        found.extend(map(Path, names))
+        found.extend(map(Path, iter_images(os.fsdecode(given), recursive, suffixes)))
     return found
 
 
-def _expand(pattern: str, recursive: bool, suffixes: Set[str]) -> list[str]:
+def iter_images(path: str, recursive: bool = False, suffixes: Set[str] = PHOTO_SUFFIXES) -> Iterator[str]:
+    """Yield what one of the paths given to `find_images` stands for, one after the other.
+
+    Memory holds the names in the folder that is being listed, or all that a pattern without ``**`` matches.
+
+    Raises:
+        ImageError: as `find_images`, when there is nothing to yield.
+    """
+    if not path:
+        raise ImageError("'': the path is empty; give a file, a folder or a pattern")
+    empty = True
+    if os.path.isdir(path):
+        for name in _list_photos(path, recursive, suffixes):
+            yield name
+            empty = False
+        if empty:
+            raise _no_pictures(path, recursive, suffixes)
+    elif not os.path.lexists(path) and glob.has_magic(path):
+        for name in _expand(path, recursive, suffixes):
+            yield name
+            empty = False
+        if empty:
+            kind = "picture or video" if suffixes - PHOTO_SUFFIXES else "picture"
+            raise ImageError(f"{_name(path)}: no {kind} matches this pattern; check it")
+    else:
+        yield path
+
+
+def _expand(pattern: str, recursive: bool, suffixes: Set[str]) -> Iterator[str]:
     suffix = os.path.splitext(pattern)[1]
     anything = suffix not in ("", ".") and not glob.has_magic(suffix)
+    parts = pattern.split(os.sep)
+    if "**" in parts and not any(part.startswith(".") for part in parts[parts.index("**") :]):
+        yield from _expand_deep(parts, {suffix.lower()} if anything else suffixes)
+        return
     names: set[str] = set()
     for path in glob.iglob(pattern, recursive=True):
         if os.path.isdir(path):
@@ -834,34 +1078,76 @@ def _expand(pattern: str, recursive: bool, suffixes: Set[str]) -> list[str]:
                 names.update(_list_photos(path, recursive, suffixes))
         elif anything or _ends_in(path, suffixes):
             names.add(path)
-    return sorted(names)
+    yield from sorted(names)
+
+
+def _expand_deep(parts: list[str], suffixes: Set[str]) -> Iterator[str]:
+    """Yield what a pattern with ``**`` matches; `glob` would go round links that loop, many times over."""
+    at = parts.index("**")
+    start, rest = os.sep.join(parts[:at]) or (os.sep if at else os.curdir), parts[at:]
+    for base in sorted(glob.glob(start)) if glob.has_magic(start) else [start]:
+        if os.path.isdir(base):
+            for path in _list_photos(base, True, suffixes):
+                below = path if base == os.curdir else path[len(os.path.join(base, "")) :]
+                if _matches(below.split(os.sep), rest) and not os.path.isdir(path):
+                    yield path
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        if len(pattern) == 1:
+            return bool(parts)
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts)))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _list_photos(folder: str, recursive: bool, suffixes: Set[str]) -> Iterator[str]:
-    """Yield the files of a folder with such a suffix, and what cannot be listed below it."""
-    pending, seen = [folder], set()
+    """Yield the files of a folder with such a suffix, and what cannot be listed below it, sorted by path."""
+    seen = set()
+    pending = [
+        ("", [folder + os.sep])
+    ]  # names by folder, the first last; those of folders end in a separator
     while pending:
-        here = pending.pop()
+        before, names = pending[-1]
+        if not names:
+            pending.pop()
+            continue
+        name = names.pop()
+        if not name.endswith(os.sep):
+            yield before + name
+            continue
+        here = before + name[:-1]
         try:
             if recursive:
                 status = os.stat(here)
                 if (status.st_dev, status.st_ino) in seen:
                     continue
                 seen.add((status.st_dev, status.st_ino))
+            below = []
             with os.scandir(here) as entries:
-                visible = [entry for entry in entries if not entry.name.startswith(".")]
+                for entry in entries:
+                    name = entry.name
+                    if name[0] == ".":
+                        continue
+                    try:
+                        if name[name.rfind(".") :].lower() in suffixes and (
+                            entry.is_file() or _is_broken_link(entry)
+                        ):
+                            below.append(name)
+                        elif recursive and entry.is_dir():
+                            below.append(name + os.sep)
+                    except OSError:  # a link to itself
+                        if _ends_in(name, suffixes):
+                            below.append(name)
         except OSError as error:
             if here == folder:
                 raise _unreadable(error, _name(folder)) from error
             yield here
             continue
-        below = []
-        for entry in visible:
-            if _ends_in(entry.name, suffixes) and (entry.is_file() or _is_broken_link(entry)):
-                yield entry.path
-            elif recursive and entry.is_dir():
-                below.append(entry.path)
-        pending.extend(sorted(below, reverse=True))
+        below.sort(reverse=True)
+        pending.append(("" if here == os.curdir else os.path.join(here, ""), below))
 
 
 def _ends_in(path: str, suffixes: Set[str]) -> bool:

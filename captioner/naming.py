@@ -19,6 +19,7 @@ import torch
 from captioner.calibration import stem
 from captioner.encoder import GridFeatures
 from captioner.model import CaptionModel
+from captioner.neutral import Avoided
 from captioner.search import Hypothesis, Machine, Phrase, SearchOptions, search
 from captioner.tokenizer import UNKNOWN
 
@@ -35,6 +36,7 @@ def write(
     requirements: Sequence[Sequence[Phrase]] = (),
     seeds: Sequence[int] | None = None,
     continues: np.ndarray | None = None,
+    avoided: Avoided | None = None,
 ) -> list[list[Hypothesis]]:
     """Search captions for a batch, and name what ``options.name_above`` says; see `captioner.search.search`.
 
@@ -46,6 +48,7 @@ def write(
         requirements: words that must appear in all captions, see `captioner.search.Machine`.
         seeds: for each picture, of its random numbers.
         continues: ``(V,)`` whether a token continues a word (BPE).
+        avoided: what must not be said; it is not named either.
 
     Raises:
         ValueError: for impossible options, or words that do not fit.
@@ -61,11 +64,14 @@ def write(
         machines=[machine] * count if machine else None,
         seeds=seeds,
         continues=continues,
+        avoided=avoided,
     )
     if options.sample or options.name_above >= 1:
         return found
     tries: list[tuple[int, list[int], Machine]] = []  # picture, prefix, what must appear
     wanted = unnamed(model, features, [h[0].tokens for h in found], options.name_above)
+    if avoided is not None:
+        wanted = [[token for token in missing if avoided.allows([token])] for missing in wanted]
     for row, missing in enumerate(wanted):
         richer = _richer(requirements, [_forms(model, token) for token in missing[:MOST]], continues)
         prefix = list(prefixes[row]) if prefixes is not None else []
@@ -84,6 +90,7 @@ def write(
         machines=[richer for _, _, richer in tries],
         seeds=[seeds[row] for row, _, _ in tries] if seeds is not None else None,
         continues=continues,
+        avoided=avoided,
     )
     named: dict[int, list[Hypothesis]] = {}
     for (row, _, _), hypotheses in zip(tries, again, strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import re
@@ -17,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioner.console import dumps, fail, printable, show
+from captioner.batch.tables import COLUMNS, csv_line
+from captioner.console import dumps, fail, printable, say, show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from captioner.batch import ClipResult, FileResult
     from captioner.caption import Caption, Segment, VideoCaption
+    from captioner.captioner import Captioner
     from captioner.video import Frame
 
 
@@ -273,6 +273,7 @@ class Writer:
         self.attention = attention
         self.heads = True
         self.model = ""
+        self.model_sha256: str | None = None
         self.begun = False
 
     def __enter__(self) -> Writer:
@@ -286,11 +287,15 @@ class Writer:
             if kind is None:
                 raise
 
+    def of(self, captioner: Captioner) -> None:
+        """Note which model writes the captions, for the records."""
+        self.model, self.model_sha256 = captioner.header.name, captioner.fingerprint
+
     def record(self, result: FileResult | ClipResult) -> dict[str, Any]:
         """Return the record of a result."""
         from captioner.batch import to_record
 
-        return to_record(result, self.model, attention=self.attention)
+        return to_record(result, self.model, self.model_sha256, attention=self.attention)
 
     def write(self, result: FileResult | ClipResult) -> None:
         """Print a file's result; of a video, what `write_segment` has left."""
@@ -341,7 +346,8 @@ class RecordWriter(Writer):
         from captioner.caption import SCHEMA_VERSION
 
         record = segment.to_dict(attention=self.attention)
-        self._record({"path": source, "schema": SCHEMA_VERSION, **record, "model": self.model, "error": None})
+        model = {"model": self.model, "model_sha256": self.model_sha256}
+        self._record({"path": source, "schema": SCHEMA_VERSION, **record, **model, "error": None})
 
     def _segment(self, path: str, segment: Segment) -> None:
         """Wait for the record of the whole video."""
@@ -373,11 +379,6 @@ class JsonlWriter(RecordWriter):
 class CsvWriter(Writer):
     """A row for each photo and for each segment of a video, and one for each error of a video."""
 
-    columns = (
-        *("path", "caption", "confidence", "score", "log_probability", "finished"),
-        *("error", "model", "schema", "words", "n_best", "guesses", "start", "end"),
-    )
-
     def write(self, result: FileResult | ClipResult) -> None:
         """Print the row of a photo, or of what is wrong with a video."""
         from captioner.batch import ClipResult
@@ -399,22 +400,17 @@ class CsvWriter(Writer):
     def _segment(self, path: str, segment: Segment) -> None:
         from captioner.caption import SCHEMA_VERSION
 
-        self._cells({"path": path, "schema": SCHEMA_VERSION, "model": self.model, **segment.to_dict()})
+        model = {"model": self.model, "model_sha256": self.model_sha256}
+        self._cells({"path": path, "schema": SCHEMA_VERSION, **model, **segment.to_dict()})
 
     def _cells(self, record: dict[str, Any]) -> None:
-        row = ["" if record.get(column) is None else record[column] for column in self.columns]
         self._header()
-        self._row([dumps(cell) if isinstance(cell, (bool, list)) else cell for cell in row])
+        show(csv_line(record.get(column) for column in COLUMNS))
 
     def _header(self) -> None:
         if not self.begun:
             self.begun = True
-            self._row(self.columns)
-
-    def _row(self, cells: Iterable[Any]) -> None:
-        text = io.StringIO()
-        csv.writer(text).writerow(cells)  # with any other line end it would not quote a name with \r in it
-        show(text.getvalue().removesuffix("\r\n"))
+            show(csv_line(COLUMNS))
 
 
 class Rolling:
@@ -449,13 +445,13 @@ class Rolling:
 class Progress:
     """Bars on a terminal: of the files, and of the seconds of the video at hand."""
 
-    def __init__(self, count: int, clips: dict[str, Any]) -> None:
+    def __init__(self, count: int | None, clips: dict[str, Any]) -> None:
         from tqdm import tqdm
 
         self.shown = sys.stderr is not None and sys.stderr.isatty()
         self.span = clips.get("start", 0.0), clips.get("end", math.inf)
         self.files = tqdm(
-            total=count, unit="file", disable=not (self.shown and count > 1), file=sys.stderr, leave=True
+            total=count, unit="file", disable=not (self.shown and count != 1), file=sys.stderr, leave=True
         )
         self.clip: Any = None
 
@@ -473,6 +469,23 @@ class Progress:
     def drawing(self, path: str, seconds: float) -> None:
         """Show that so many seconds of a video have been drawn."""
         self._show(path, seconds, "drawing ")
+
+    def expect(self, count: int) -> None:
+        """Tell how many files there are."""
+        self.files.total = count
+        self.files.refresh()
+
+    def reach(self, count: int) -> None:
+        """Tell how many files are done."""
+        self._close()
+        self.files.update(count - self.files.n)
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr; a bar makes room for it."""
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            say(line)
 
     def done(self) -> None:
         """Count a file."""

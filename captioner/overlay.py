@@ -40,6 +40,7 @@ from captioner.images import Fit, open_image
 __all__ = [
     "animation",
     "arrays",
+    "colour",
     "figure",
     "heat_map",
     "html",
@@ -195,7 +196,7 @@ def _axis(pixels: int, length: float, low: float, high: float, cells: int, smoot
     return matrix
 
 
-def _colour(heat: np.ndarray) -> np.ndarray:
+def colour(heat: np.ndarray) -> np.ndarray:
     """Return ``heat.shape + (4,)`` uint8 RGBA for heat from 0 to 1."""
     return _RAMP[np.rint(heat * (len(_RAMP) - 1)).astype(np.int32)]
 
@@ -663,7 +664,7 @@ class _View:
         """Return one word's heat in this view's frame as an RGBA picture."""
         weights = _frames(self.caption, attention)[self.frame]
         return Image.fromarray(
-            _colour(
+            colour(
                 heat_map(
                     weights,
                     self.caption.grid,
@@ -705,7 +706,7 @@ class _View:
         ramp = np.linspace(0, 1, max(2, round(bar)))
         # over the grey that a dimmed photo has on average, as the eye meets it there
         page.box(at, top + 1, bar, thick, "#5c5c5c")
-        page.picture(at, top + 1, round(bar), thick, Image.fromarray(_colour(np.tile(ramp, (thick, 1)))))
+        page.picture(at, top + 1, round(bar), thick, Image.fromarray(colour(np.tile(ramp, (thick, 1)))))
         ticks = [float(2**k) for k in range(int(math.log2(self.top) + 1e-9) + 1)]
         if ticks[-1] < self.top * 0.999:
             if math.log2(self.top / ticks[-1]) < 0.75 and len(ticks) > 1:
@@ -731,7 +732,7 @@ def _cell_boxes(heat: np.ndarray, fit: Fit, x: float, y: float, size: tuple[int,
     """Yield one rectangle for each coloured cell, cut to the photo."""
     rows, columns = heat.shape
     left, top, right, bottom = fit.box
-    colours = _colour(heat)
+    colours = colour(heat)
     for row, column in np.argwhere(heat > 0):
         x0 = (left + (right - left) * column / columns) * size[0] / fit.width
         x1 = (left + (right - left) * (column + 1) / columns) * size[0] / fit.width
@@ -969,7 +970,7 @@ def animation(
 
 def _palette(picture: Image.Image) -> Image.Image:
     """Reduce a picture to 256 colours: those of the text and the heat, and the best for the rest."""
-    heat = _colour(np.linspace(0, 1, 27)).astype(float)
+    heat = colour(np.linspace(0, 1, 27)).astype(float)
     ramp = heat[:, :3] * heat[:, 3:] / 255 + 0x5C * (1 - heat[:, 3:] / 255)
     fixed = [ImageColor.getrgb(c) for c in (_PAPER, _INK, _MUTED, _FAINT, _PILL)]
     fixed += [(int(r), int(g), int(b)) for r, g, b in ramp]
@@ -1265,7 +1266,7 @@ def html(
         "even": 1 / (len(caption.times) * caption.grid[0] * caption.grid[1]),
         "top": view.top,
         "size": list(size),
-        "colours": _colour(np.linspace(0, 1, 128)).tolist(),
+        "colours": colour(np.linspace(0, 1, 128)).tolist(),
         "words": words,
     }
     # inside a script element only "<" could end it, but "&" and ">" confuse other readers

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from captioner.decoder import Decoder, Memory, StepOutput
+from captioner.neutral import Avoided
 from captioner.tokenizer import END, PAD, START, UNKNOWN
 
 MAX_STATES = 64
@@ -256,6 +257,46 @@ class _Machines:
         return self.table.flatten(1).gather(1, flat).view(tokens.shape)
 
 
+class _Avoided:
+    """What must not be said, as tensors."""
+
+    def __init__(self, avoided: Avoided, device: torch.device) -> None:
+        def ids(numbers: Sequence[int] | Sequence[Phrase]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.long, device=device)
+
+        self.never = ids(list(avoided.tokens))
+        moved = {token: target for token, target in avoided.tokens.items() if target is not None}
+        self.targets = ids(sorted(set(moved.values())))
+        # (targets, most words that one stands for), the target itself first and again where there are fewer
+        groups = [[int(t), *(k for k, v in moved.items() if v == t)] for t in self.targets]
+        widest = max(map(len, groups), default=0)
+        self.groups = ids([tuple(g + g[:1] * widest)[:widest] for g in groups])
+        self.counts = torch.tensor([len(g) for g in groups], device=device)
+        # by length: the tokens before the last (P, length - 1), the last (P,)
+        self.phrases: dict[int, tuple[Tensor, Tensor]] = {}
+        for size in sorted({len(phrase) for phrase in avoided.phrases}):
+            same = [phrase for phrase in avoided.phrases if len(phrase) == size]
+            self.phrases[size] = ids([p[:-1] for p in same]), ids([p[-1] for p in same])
+
+    def move(self, raw: Tensor) -> Tensor:
+        """Return log-probabilities ``(n, G, V)``, those of avoided tokens moved to what is said instead."""
+        moved = raw.clone()
+        if len(self.targets):
+            members = raw[..., self.groups]
+            repeated = torch.arange(self.groups.shape[1], device=raw.device) >= self.counts[:, None]
+            moved[..., self.targets] = members.masked_fill(repeated, _NEVER).logsumexp(-1)
+        moved[..., self.never] = _NEVER
+        return moved
+
+    def forbid(self, allowed: Tensor, history: Tensor) -> None:
+        """Forbid the last token of phrases whose other tokens have just been said."""
+        for size, (before, last) in self.phrases.items():
+            if history.shape[2] >= size - 1:
+                said = (history[:, :, None, 1 - size :] == before).all(-1)
+                row, slot, phrase = said.nonzero(as_tuple=True)
+                allowed[row, slot, last[phrase]] = _NEVER
+
+
 # --------------------------------------------------------------------------------------------------
 # The trace
 
@@ -347,6 +388,7 @@ def search(
     machines: Sequence[Machine] | None = None,
     seeds: Sequence[int] | None = None,
     continues: np.ndarray | None = None,
+    avoided: Avoided | None = None,
 ) -> list[list[Hypothesis]]:
     """Write captions for a batch of pictures.
 
@@ -360,6 +402,7 @@ def search(
             whatever else is in the batch.
         continues: ``(V,)`` whether a token continues a word (BPE): none of them may come first, nor right
             after a prefix, which ends with a whole word.
+        avoided: what must not be said, except in a prefix.
 
     Returns:
         for each picture, at least one and at most ``n_best`` hypotheses, best first.
@@ -383,6 +426,7 @@ def search(
                 machines=[machines[i] for i in rows] if rows is bound else None,
                 seeds=[seeds[i] for i in rows],
                 continues=continues,
+                avoided=avoided,
             )
             results.update(zip(rows, some, strict=True))
         return [results[i] for i in range(pictures)]
@@ -403,10 +447,11 @@ def search(
             [machines[i] for i in repeated.tolist()] if machines else None,
             [seed * 1_000_003 + k for seed in seeds for k in range(options.n_best)],
             continues,
+            avoided,
         ).run()
         groups = [found[i : i + options.n_best] for i in range(0, len(found), options.n_best)]
         return [sorted((h for group in g for h in group), key=lambda h: -h.score) for g in groups]
-    return _Search(decoder, memory, options, prefixes, machines, None, continues).run()
+    return _Search(decoder, memory, options, prefixes, machines, None, continues, avoided).run()
 
 
 def _state_after(machine: Machine, tokens: Sequence[int]) -> int:
@@ -429,6 +474,7 @@ class _Search:
         machines: Sequence[Machine] | None,
         seeds: Sequence[int] | None,
         continues: np.ndarray | None,
+        avoided: Avoided | None,
     ) -> None:
         self.decoder = decoder
         self.options = options
@@ -450,6 +496,7 @@ class _Search:
         self.forced = forced.to(device)
         self.lengths = torch.tensor(self.given, device=device)
         self.continues = None if continues is None else torch.from_numpy(continues).to(device)
+        self.avoided = None if avoided is None else _Avoided(avoided, device)
         self.generators = (
             None if seeds is None else [torch.Generator().manual_seed(s & (2**63 - 1)) for s in seeds]
         )
@@ -501,6 +548,8 @@ class _Search:
         options, n = self.options, len(self.rows)
         output = self.decoder.step(self.tokens.flatten(), self.state, self.memory)
         raw = self.decoder.log_probabilities(output.output).view(n, self.slots, -1)
+        if self.avoided is not None:  # given words keep their own probabilities
+            raw = torch.where((t < self.lengths)[:, None, None], raw, self.avoided.move(raw))
         if t == options.max_length:  # nothing but the end may follow; what does not end is returned as it is
             self._cut(raw, t)
             self.rows = self.rows[:0]
@@ -524,6 +573,8 @@ class _Search:
         if self.continues is not None:
             first = self.lengths == t
             allowed = allowed.masked_fill(first[:, None, None] & self.continues, _NEVER)
+        if self.avoided is not None:
+            self.avoided.forbid(allowed, self.history)
         size = options.no_repeat_ngram
         if size and t >= size:
             # tokens that followed an earlier occurrence of the last size - 1 tokens

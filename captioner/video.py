@@ -38,6 +38,11 @@ VIDEO_SUFFIXES = frozenset((
 """Lower-case suffixes that count as videos when a folder is listed. Animations have those of photos."""
 
 
+MAX_FRAME = 2**26
+"""Videos and animations whose frames have more pixels (67 million, twice 8K) are refused: a decoder holds
+several of them."""
+
+
 class VideoError(ValueError):
     """A video that cannot be used, or not to its end; one line that names it, the reason, and what to do."""
 
@@ -510,6 +515,15 @@ class _Capture:
         self._capture = cv2.VideoCapture(path, _backend(cv2))
         if not self._capture.isOpened():
             raise self._refused()
+        width, height = (
+            int(self._capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
+        )
+        if width * height > MAX_FRAME:
+            self._capture.release()
+            raise VideoError(
+                f"{name}: its frames have {width} x {height} pixels, more than the"
+                f" {MAX_FRAME / 1e6:.0f} million allowed; make them smaller"
+            )
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.rate = float(rate) if 0 < rate <= 1000 else None
@@ -599,9 +613,14 @@ class _Animation:
         self.duration: float | None = None
         try:
             self._image: Any = images._identify(stream, "", name)
-            if self._image.width * self._image.height > images.MAX_PIXELS:
-                raise images._too_large(name, *self._image.size)
+            images._check_size(*self._image.size, name)
             self._count = getattr(self._image, "n_frames", 1) if kind in _ANIMATED else 1
+            frame = self._image.width * self._image.height
+            if self._count > 1 and frame > MAX_FRAME:
+                raise images._too_large(name, *self._image.size, MAX_FRAME)
+            # a few bytes can stand for a whole frame, countless times
+            self._work = _MOST_WORK + 1024 * stream.seek(0, os.SEEK_END)
+            self._frame_work = frame + 2**14
             # a PNG may hold a picture for programs that show no animations
             self._next = int(self._count > 1 and bool(getattr(self._image, "default_image", False)))
             self._count += self._next
@@ -619,6 +638,12 @@ class _Animation:
         if self._next >= self._count:
             return None
         self._time += self._shown
+        self._work -= self._frame_work
+        if self._work < 0:
+            raise _Truncated(
+                f"{self.name}: {self._count} frames of {self._image.width} x {self._image.height} pixels"
+                f" are far more than its bytes can fill; nothing was read after {self._time:.2f} s"
+            )
         try:
             if self._count > 1:
                 self._image.seek(self._next)
@@ -657,6 +682,10 @@ class _Animation:
 
     def _explain(self, error: Exception) -> VideoError:
         return VideoError(str(error if isinstance(error, ImageError) else images._explain(error, self.name)))
+
+
+_MOST_WORK = 2**30
+"""Pixels of an animation's frames that are decoded, beside 1024 for each byte of the file: some seconds."""
 
 
 def _opencv(name: str) -> Any:
@@ -727,6 +756,7 @@ _HEAD = 4096
 _ANIMATED = frozenset(("gif", "webp", "png", "avif"))
 _NO_VIDEO = {
     "text": "text, not a video; give a video",
+    "list": "text that lists other files, not a video; give those",
     "web page": "a web page, not a video; download the video itself",
     "lfs": "a Git LFS pointer, not a video; run git lfs pull",
     "pdf": "a PDF document, not a video; give a video",
@@ -770,6 +800,8 @@ def _sniff(head: bytes) -> str | None:
         if head[offset : offset + 4 * size + 1 : size] == b"\x47" * 5:
             return "mpeg-ts"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(_LISTS):
+        return "list"
     if text.startswith((b"<!doctype html", b"<html")):
         return "web page"
     if text.startswith(b"version https://git-lfs"):
@@ -805,6 +837,8 @@ _MAGIC = {
     b"%PDF": "pdf",
     b"PK\x03\x04": "zip",
 }
+_LISTS = (b"ffconcat", b"#extm3u", b"[playlist]", b"rtsptext", b"v=0", b"<?xml", b"<mpd", b"[reference]")
+"""How playlists begin: FFmpeg would open what they name. Most are text, and one odd byte makes them none."""
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
@@ -824,7 +858,7 @@ def _inspect(stream: IO[bytes], kind: str | None) -> _Container:
     reader = {"mp4": _inspect_mp4, "matroska": _inspect_matroska, "avi": _inspect_avi}.get(kind or "")
     if reader is not None:
         try:
-            return reader(stream, size)
+            return reader(_Limited(stream), size)
         except (IndexError, ValueError, OSError, OverflowError):  # damage; OpenCV may make more of it
             pass
     elif kind in ("ogg", "flv"):
@@ -838,7 +872,21 @@ def _inspect(stream: IO[bytes], kind: str | None) -> _Container:
     return _Container(kind or "unknown")
 
 
-def _inspect_mp4(stream: IO[bytes], size: int) -> _Container:
+class _Limited:
+    """A stream in which one may go to 100,000 places: files can be made of countless tiny parts."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._left = stream, 100_000
+        self.read = stream.read
+
+    def seek(self, at: int) -> int:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("it has too many parts")
+        return self._stream.seek(at)
+
+
+def _inspect_mp4(stream: _Limited, size: int) -> _Container:
     """Walk the boxes of an ISO base media file (MP4, MOV, 3GP)."""
     tracks: list[tuple[bytes, bytes]] = []
     found, cut = set(), False
@@ -883,7 +931,7 @@ def _inspect_mp4(stream: IO[bytes], size: int) -> _Container:
     )
 
 
-def _inspect_matroska(stream: IO[bytes], size: int) -> _Container:
+def _inspect_matroska(stream: _Limited, size: int) -> _Container:
     """Read the tracks of a Matroska or WebM file."""
 
     def number(at: int, keep_marker: bool) -> tuple[int, int, bool]:
@@ -900,21 +948,23 @@ def _inspect_matroska(stream: IO[bytes], size: int) -> _Container:
     video = audio = False
     codec, cut, seen = b"", False, False
 
-    def walk(begin: int, end: int) -> bool:
+    def walk(begin: int, end: int, depth: int = 0) -> bool:
         """Return whether to go on."""
         nonlocal video, audio, codec, cut, seen
+        if depth > 3:  # a segment, its tracks, one of them
+            raise ValueError("parts within parts")
         track, name = 0, b""
         while begin + 2 <= end:
             kind, inner, _ = number(begin, True)
             length, inner, endless = number(inner, False)
             if kind == 0x18538067:  # Segment
                 cut = not endless and inner + length > size
-                return walk(inner, size if endless else min(inner + length, size))
+                return walk(inner, size if endless else min(inner + length, size), depth + 1)
             if kind == 0x1F43B675:  # Cluster: the frames begin
                 return False
             if kind in (0x1654AE6B, 0xAE):  # Tracks, TrackEntry
                 seen = True
-                walk(inner, min(inner + length, end))
+                walk(inner, min(inner + length, end), depth + 1)
             elif kind == 0x83:  # TrackType
                 stream.seek(inner)
                 track = int.from_bytes(stream.read(min(length, 8)), "big")
@@ -937,7 +987,7 @@ def _inspect_matroska(stream: IO[bytes], size: int) -> _Container:
     )
 
 
-def _inspect_avi(stream: IO[bytes], size: int) -> _Container:
+def _inspect_avi(stream: _Limited, size: int) -> _Container:
     """Read the stream headers of an AVI file."""
     stream.seek(0)
     head = stream.read(65536)

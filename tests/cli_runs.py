@@ -16,8 +16,7 @@ from conftest import make_header
 from lively import make_lively_model, pictures
 from PIL import Image
 
-from captioner import Captioner, checkpoint, cli
-from captioner import captioner as captioner_module
+from captioner import Captioner, checkpoint, cli, identity
 
 
 @dataclass
@@ -33,6 +32,11 @@ class Outcome:
         return json.loads(self.out)
 
     @property
+    def timeless(self) -> list[dict[str, Any]]:
+        """The records without how long they took."""
+        return [without_seconds(record) for record in self.records]
+
+    @property
     def complaints(self) -> list[str]:
         """The lines on stderr, each of which must be one of ours."""
         lines = self.err.splitlines()
@@ -41,6 +45,10 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+
+
+def without_seconds(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "seconds"}
 
 
 def save_lively(path: Path) -> Path:
@@ -57,7 +65,7 @@ def run_here(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> Run:
     """Return what runs ``captioner ARGUMENTS`` in this process and that folder, with that model."""
-    monkeypatch.setattr(captioner_module, "BUILT_IN", model)
+    monkeypatch.setattr(identity, "BUILT_IN", model)
     monkeypatch.chdir(folder)
 
     def run(*arguments: object) -> Outcome:

@@ -9,8 +9,8 @@ from gradio import media as gradio_media
 from skimage import data
 
 from captioner import Captioner
-from captioner.captioner import BUILT_IN
 from captioner.checkpoint import read_header
+from captioner.identity import BUILT_IN
 
 
 @pytest.fixture(scope="module")

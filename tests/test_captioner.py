@@ -14,8 +14,7 @@ from lively import lively_captioner, make_calibration, make_lively_model, pictur
 from PIL import Image
 
 import captioner as package
-from captioner import Captioner, CheckpointError, GridFeatures, ImageError, checkpoint
-from captioner import captioner as module
+from captioner import Captioner, CheckpointError, GridFeatures, ImageError, checkpoint, identity
 from captioner.calibration import caption_features, word_ranks
 from captioner.captioner import pool
 from captioner.decoder import DecoderConfig
@@ -79,7 +78,7 @@ def test_load_gives_the_saved_model(tmp_path: Path) -> None:
 def test_load_without_a_path_takes_the_built_in(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BUILT_IN", tiny_checkpoint)
+    monkeypatch.setattr(identity, "BUILT_IN", tiny_checkpoint)
     assert Captioner.load().header.name == "tiny"
 
 

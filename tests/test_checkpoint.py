@@ -18,7 +18,7 @@ from torch import Tensor
 
 from captioner import checkpoint
 from captioner.calibration import FEATURES, Calibration
-from captioner.checkpoint import FORMAT_VERSION, CheckpointError, load, read_header, save, write_atomically
+from captioner.checkpoint import FORMAT_VERSION, CheckpointError, load, read_header, save
 from captioner.decoder import DecoderConfig
 from captioner.encoder import ENCODERS, Encoder
 from captioner.images import Fit
@@ -393,15 +393,3 @@ def test_a_model_that_cannot_be_stored_leaves_the_old_file(tiny_model: CaptionMo
             save(path, tiny_model, make_header(tiny_model))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_writing_replaces_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "state.pt"
-    write_atomically(path, b"one")
-    with path.open("rb") as reader:
-        write_atomically(path, b"two, longer")
-        assert reader.read() == b"one"  # whoever has it open keeps the old one
-    assert path.read_bytes() == b"two, longer"
-    assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError):
-        write_atomically(tmp_path / "missing" / "state.pt", b"x")

@@ -161,10 +161,18 @@ def test_folders_hold_clips_too(run: Run, clip: str) -> None:
 
 
 def test_records_of_clips(run: Run, clip: str, captioner: Captioner) -> None:
-    (record,) = run("caption", clip, "--json", "--n-best", 2).records
+    (record,) = run("caption", clip, "--json", "--n-best", 2).timeless
     caption = captioner.caption_video(clip, n_best=2)
     assert record == json.loads(
-        json.dumps({"path": clip, **caption.to_dict(), "model": "lively", "error": None})
+        json.dumps(
+            {
+                "path": clip,
+                **caption.to_dict(),
+                "model": "lively",
+                "model_sha256": captioner.fingerprint,
+                "error": None,
+            }
+        )
     )
     assert record["duration"] == 12
     assert record["segments"][0]["times"] == [
@@ -467,7 +475,7 @@ def test_bad_clips_get_a_line_each(run: Run, clip: str) -> None:
     assert os.listdir("subs") == ["clip.srt"]
     assert run("caption", *list(reasons)[:4]).code == 2  # nothing could be done
     record = run("caption", "sound.mp4", "--json").records[0]
-    assert record.keys() == {"path", "schema", "caption", "model", "error"}
+    assert record.keys() == {"path", "schema", "caption", "model", "model_sha256", "seconds", "error"}
 
 
 def test_what_a_truncated_clip_holds_is_written(run: Run, clip: str, captioner: Captioner) -> None:

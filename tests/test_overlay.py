@@ -593,7 +593,7 @@ def test_html_draws_the_same_heat(mode, smooth):
     heat = overlay.heat_map(weights, (4, 6), caption.fit, (200, 160), top=top, smooth=smooth)
     seen = np.s_[:, 20:180] if mode == "crop" else np.s_[:, :]
     assert heat.max() > 0.5
-    np.testing.assert_allclose(drawn[seen][..., 3], overlay._colour(heat)[seen][..., 3], atol=4)
+    np.testing.assert_allclose(drawn[seen][..., 3], overlay.colour(heat)[seen][..., 3], atol=4)
     if mode == "crop":
         assert (drawn[:, :20, 3] > 140).all()
 

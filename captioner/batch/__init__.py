@@ -19,20 +19,23 @@ if TYPE_CHECKING:
         find_files,
         to_record,
     )
+    from captioner.batch.records import CaptionError, caption_records
 
 __all__ = [
     "DEFAULT_BATCH",
     "LISTED",
+    "CaptionError",
     "ClipResult",
     "FileResult",
     "caption_files",
     "caption_media",
+    "caption_records",
     "find_files",
     "to_record",
 ]
 
 # imported when they are first used: to find that nothing is left to do takes no torch
-_HOMES = dict.fromkeys(__all__, "media")
+_HOMES = {**dict.fromkeys(__all__, "media"), "CaptionError": "records", "caption_records": "records"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from os import PathLike, fsdecode
+from os.path import splitext
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
 
+from captioner.batch.sources import Source, local
 from captioner.caption import SCHEMA_VERSION, Caption, Segment, VideoCaption, clock
 from captioner.captioner import Captioner
 from captioner.encoder import region_shares
@@ -22,17 +24,30 @@ from captioner.video import VIDEO_SUFFIXES, VideoError, is_video
 
 DEFAULT_BATCH = 32
 
+Given = Union[str, "PathLike[str]", Source]
+"""What can be captioned: a file's path, or a source."""
+Seed = int | Callable[[str], int]
+
 LISTED = PHOTO_SUFFIXES | VIDEO_SUFFIXES - {".ts"}
 """Lower-case suffixes of what `find_files` takes from a folder; a .ts there is TypeScript more often."""
 
 
+Look = Callable[[np.ndarray, Fit, Caption], Any]
+"""Called with a photo's square ``(3, size, size)`` uint8, its fit and its caption, in a worker's thread."""
+
+
 @dataclass(frozen=True, eq=False)
 class FileResult:
-    """What became of one photo: a caption, or the reason why there is none."""
+    """What became of one photo: a caption, or the reason why there is none.
+
+    ``seconds`` is its share of the time that captioning its batch took; ``looked`` what ``look=`` returned.
+    """
 
     path: str
     caption: Caption | None
     error: str | None = None
+    seconds: float = 0.0
+    looked: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,24 +63,37 @@ class ClipResult:
     seconds: float = 0.0
 
 
-def to_record(result: FileResult | ClipResult, model: str, *, attention: bool = False) -> dict[str, Any]:
-    """Return the record of a file (schema in ``docs/records.md``); without a caption, that is ``""``."""
+def to_record(
+    result: FileResult | ClipResult, model: str, model_sha256: str | None = None, *, attention: bool = False
+) -> dict[str, Any]:
+    """Return the record of a file (schema in ``docs/records.md``); without a caption, that is ``""``.
+
+    ``model`` is the model's name, ``model_sha256`` its `captioner.identity.fingerprint`.
+    """
     if result.caption is None:
         record: dict[str, Any] = {"schema": SCHEMA_VERSION, "caption": ""}
     else:
         record = result.caption.to_dict(attention=attention)
-    return {"path": result.path, **record, "model": model, "error": result.error}
+    return {
+        "path": result.path,
+        **record,
+        "model": model,
+        "model_sha256": model_sha256,
+        "seconds": float(f"{result.seconds:.3g}"),
+        "error": result.error,
+    }
 
 
 def caption_files(
     captioner: Captioner,
-    paths: str | PathLike[str] | Iterable[str | PathLike[str]],
+    paths: Given | Iterable[Given],
     *,
     batch_size: int = DEFAULT_BATCH,
     prefix: str = "",
     region: Any = None,
     must: Sequence[str | Sequence[str]] = (),
-    seed: int = 0,
+    seed: Seed = 0,
+    look: Look | None = None,
     **options: Any,
 ) -> Iterator[FileResult]:
     """Caption files, in order; memory does not grow with their number.
@@ -75,11 +103,13 @@ def caption_files(
 
     Args:
         captioner: what captions them.
-        paths: the files.
+        paths: the files, or sources (`captioner.batch.sources`).
         batch_size: pictures that go through the network together.
         prefix, must: the same for all pictures, see `Captioner.caption`.
         region: the same box for all pictures, in pixels.
-        seed: of sampling; the n-th file is drawn with ``seed + n``, whatever the batches are.
+        seed: of sampling; the n-th file is drawn with ``seed + n``, whatever the batches are; or a function
+            that returns the seed of a path.
+        look: what else is to be made of every photo, see `Look`; results carry it.
         options: see `Captioner.caption`.
 
     Yields:
@@ -92,11 +122,17 @@ def caption_files(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     captioner.check(must=must, **options)
-    if isinstance(paths, (str, PathLike)):
+    if isinstance(paths, (str, PathLike, Source)):
         paths = [paths]
-    return _run(
-        captioner, map(fsdecode, paths), batch_size, region, seed, {"prefix": prefix, "must": must, **options}
-    )
+    todo = _numbered(paths, seed)
+    return _run(captioner, todo, batch_size, region, look, {"prefix": prefix, "must": must, **options})
+
+
+def _numbered(paths: Iterable[Given], seed: Seed) -> Iterator[tuple[Source, int]]:
+    """Give each source its seed."""
+    for number, given in enumerate(paths):
+        source = given if isinstance(given, Source) else Source(fsdecode(given), fsdecode(given))
+        yield source, seed(source.path) if callable(seed) else seed + number
 
 
 def find_files(paths: Iterable[str | PathLike[str]], recursive: bool = False) -> list[Path]:
@@ -110,10 +146,11 @@ def find_files(paths: Iterable[str | PathLike[str]], recursive: bool = False) ->
 
 def caption_media(
     captioner: Captioner,
-    paths: Iterable[str | PathLike[str]],
+    paths: Iterable[Given],
     *,
     batch_size: int = DEFAULT_BATCH,
-    seed: int = 0,
+    seed: Seed = 0,
+    look: Look | None = None,
     clips: Mapping[str, Any] | None = None,
     progress: Callable[[str, float], object] | None = None,
     said: Callable[[str, Segment], object] | None = None,
@@ -126,9 +163,7 @@ def caption_media(
 
     Args:
         captioner: what captions them.
-        paths: the files.
-        batch_size: photos that go through the network together.
-        seed: of sampling; the n-th file is drawn with ``seed + n``.
+        paths, batch_size, seed, look: as in `caption_files`; ``look`` is not called for videos.
         clips: for videos, see `Captioner.caption_video`: ``every``, ``segment``, ``shots``,
             ``start``, ``end``.
         progress: called with a video's path and the seconds of it that have been read.
@@ -143,38 +178,61 @@ def caption_media(
         ValueError: as `caption_files`.
     """
     captioner.check(**{name: value for name, value in options.items() if name not in ("prefix", "region")})
-    return _media(captioner, paths, batch_size, seed, {**(clips or {}), **options}, options, progress, said)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    todo = _numbered(paths, seed)
+    return _media(captioner, todo, batch_size, look, clips or {}, options, progress, said)
 
 
 def _media(
     captioner: Captioner,
-    paths: Iterable[str | PathLike[str]],
+    todo: Iterator[tuple[Source, int]],
     batch_size: int,
-    seed: int,
-    for_clips: dict[str, Any],
-    for_photos: dict[str, Any],
+    look: Look | None,
+    clips: Mapping[str, Any],
+    options: dict[str, Any],
     progress: Callable[[str, float], object] | None,
     said: Callable[[str, Segment], object] | None,
 ) -> Iterator[FileResult | ClipResult]:
-    for moving, group in groupby(map(fsdecode, paths), is_video):
-        if moving:
-            for path in group:
-                clip, interrupted = _caption_clip(
-                    captioner, path, {"seed": seed, **for_clips}, progress, said
-                )
-                yield clip
-                if interrupted:
-                    raise KeyboardInterrupt
-                seed += 1
-        else:
-            for result in caption_files(captioner, group, batch_size=batch_size, seed=seed, **for_photos):
-                yield result
-                seed += 1
+    region = options.get("region")
+    for_photos = {name: value for name, value in options.items() if name != "region"}
+    for moving, group in groupby(todo, lambda item: _moves(item[0])):
+        if not moving:
+            yield from _run(captioner, group, batch_size, region, look, for_photos)
+            continue
+        for source, seed in group:
+            try:
+                with local(source) as file:
+                    clip, interrupted = _caption_clip(
+                        captioner, source.path, file, {**clips, **options, "seed": seed}, progress, said
+                    )
+            except ImageError as error:  # in an archive or on another machine, and cannot be read
+                clip, interrupted = ClipResult(source.path, None, str(error)), False
+            yield clip
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+_MAY_MOVE = VIDEO_SUFFIXES | {".gif", ".webp", ".apng"}
+
+
+def _moves(source: Source) -> bool:
+    """Tell a video from a photo by content; what has to be fetched for that, only if its name suggests it."""
+    if source.file is not None:
+        return is_video(source.file)
+    if splitext(source.path)[1].lower() not in _MAY_MOVE:
+        return False
+    try:
+        with local(source) as file:
+            return is_video(file)
+    except ImageError:  # whoever captions it says so
+        return False
 
 
 def _caption_clip(
     captioner: Captioner,
     path: str,
+    file: str,
     options: dict[str, Any],
     progress: Callable[[str, float], object] | None,
     said: Callable[[str, Segment], object] | None,
@@ -189,12 +247,12 @@ def _caption_clip(
     segments: list[Segment] = []
     error, interrupted = None, False
     try:
-        for segment in captioner.caption_segments(path, progress=report, **options):
+        for segment in captioner.caption_segments(file, progress=report, **options):
             segments.append(segment)
             if said is not None:
                 said(path, segment)
     except VideoError as problem:
-        error = str(problem)
+        error = str(problem).replace(file, path)  # which may have been a copy
     except ValueError as problem:
         # a box that misses one clip must not stop the others
         if options.get("region") is None:
@@ -210,21 +268,21 @@ def _caption_clip(
 
 def _run(
     captioner: Captioner,
-    paths: Iterator[str],
+    todo: Iterator[tuple[Source, int]],
     batch_size: int,
     region: Any,
-    seed: int,
+    look: Look | None,
     options: dict[str, Any],
 ) -> Iterator[FileResult]:
     threads = max(1, torch.get_num_threads())
 
-    def read(batch: tuple[int, list[str]]) -> _Read:
-        return _read(captioner, *batch)
+    def read(batch: list[tuple[Source, int]]) -> _Read:
+        return _read(captioner, batch)
 
     def finish(read: _Read) -> list[FileResult]:
-        return _finish(captioner, read, region, seed, options)
+        return _finish(captioner, read, region, look, options)
 
-    batches = _batches(paths, batch_size, threads)
+    batches = _batches(todo, batch_size, threads)
     if captioner.device.type == "cpu":
         # set_num_threads holds for the thread that calls it (and for matrix products as a whole)
         single = lambda: torch.set_num_threads(1)  # noqa: E731
@@ -240,28 +298,32 @@ def _run(
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    start: int
     paths: Sequence[str]
+    seeds: Sequence[int]
     pictures: list[tuple[np.ndarray, Fit] | None]
     errors: list[str | None]
+    seconds: float
 
 
-def _read(captioner: Captioner, start: int, paths: Sequence[str]) -> _Read:
+def _read(captioner: Captioner, batch: list[tuple[Source, int]]) -> _Read:
+    begun = time.monotonic()
     pictures: list[tuple[np.ndarray, Fit] | None] = []
     errors: list[str | None] = []
-    for path in paths:
+    for source, _ in batch:
         try:
-            pictures.append(load(path, captioner.model.encoder.preprocess))
+            pictures.append(load(source.open(), captioner.model.encoder.preprocess))
             errors.append(None)
         except ImageError as error:
             pictures.append(None)
             errors.append(str(error))
-    return _Read(start, paths, pictures, errors)
+    paths, seeds = [source.path for source, _ in batch], [seed for _, seed in batch]
+    return _Read(paths, seeds, pictures, errors, time.monotonic() - begun)
 
 
 def _finish(
-    captioner: Captioner, read: _Read, region: Any, seed: int, options: dict[str, Any]
+    captioner: Captioner, read: _Read, region: Any, look: Look | None, options: dict[str, Any]
 ) -> list[FileResult]:
+    begun = time.monotonic()
     errors = list(read.errors)
     regions: dict[int, Any] = {}
     good = [i for i, picture in enumerate(read.pictures) if picture is not None]
@@ -281,23 +343,30 @@ def _finish(
         found = captioner.caption_batch(
             features,
             regions=[regions[i] for i in good] if regions else None,
-            seeds=[seed + read.start + i for i in good],
+            seeds=[read.seeds[i] for i in good],
             **options,
         )
         captions = dict(zip(good, found, strict=True))
+    looked: dict[int, Any] = {}
+    for i, caption in captions.items() if look is not None else ():
+        picture = read.pictures[i]
+        assert look is not None
+        assert picture is not None
+        looked[i] = look(*picture, caption)
+    seconds = (read.seconds + time.monotonic() - begun) / len(read.paths)
     return [
-        FileResult(path, captions.get(i), errors[i] if i not in captions else None)
+        FileResult(path, captions.get(i), errors[i] if i not in captions else None, seconds, looked.get(i))
         for i, path in enumerate(read.paths)
     ]
 
 
-def _batches(paths: Iterator[str], size: int, threads: int) -> Iterator[tuple[int, list[str]]]:
-    """Cut into batches, each with the number of its first file; few files are spread over all threads."""
-    first = list(islice(paths, size * threads))
+def _batches(
+    todo: Iterator[tuple[Source, int]], size: int, threads: int
+) -> Iterator[list[tuple[Source, int]]]:
+    """Cut into batches; few files are spread over all threads."""
+    first = list(islice(todo, size * threads))
     if len(first) < size * threads:
         size = max(1, -(-len(first) // threads))
-    start = 0
-    paths = chain(first, paths)
-    while batch := list(islice(paths, size)):
-        yield start, batch
-        start += len(batch)
+    todo = chain(first, todo)
+    while batch := list(islice(todo, size)):
+        yield batch

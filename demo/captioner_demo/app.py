@@ -13,17 +13,20 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+# else, after each event, gradio makes a table of all that there were, for a page that is not served
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**9))
 
 import gradio as gr
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from captioner import Captioner
-from captioner.captioner import BUILT_IN
+from captioner.identity import BUILT_IN
 from captioner_demo import about, folder, live, photo, video
 from captioner_demo.common import Demo
 from captioner_demo.engine import Engine
@@ -37,8 +40,8 @@ TABS: tuple[Any, ...] = (photo, video, folder, live, about)
 WAITING = 200
 """Requests that may wait in the queue; further ones are told that the server is busy."""
 
-SESSIONS = 1000
-"""Sessions that are kept: Gradio holds 0.13 MB and more for each, and every call of the API is one."""
+SESSIONS = 500
+"""Sessions that are kept: Gradio holds about 0.25 MB for each tab of a browser."""
 
 
 def build(
@@ -63,7 +66,7 @@ def build(
         tabs: modules of tabs; by default `TABS`.
         workers: requests that are worked on at a time.
         waiting: requests that may wait; further ones are refused as "queue is full".
-        sessions: tabs of browsers (and calls of the API) whose state is kept; the oldest go first.
+        sessions: tabs of browsers whose state is kept; the one that was used longest ago goes first.
         cache_seconds: how often uploads are looked through, and after how long they are deleted.
     """
     if captioner is None:
@@ -82,7 +85,33 @@ def build(
                     module.tab(demo)
     blocks.state_session_capacity = sessions
     blocks.queue(max_size=waiting, default_concurrency_limit=demo.workers)
+    blocks._queue.event_analytics = _Newest(1000 + 4 * waiting)
     return blocks
+
+
+class _Newest(dict[str, Any]):
+    """What Gradio notes of each event: of the newest alone, where it would note all (6.0) or 10,000."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self.most:
+            del self[next(iter(self))]
+
+
+def forget(blocks: gr.Blocks, session: str) -> None:
+    """Free what Gradio keeps of a call of the API that has had its answer; it would keep it like a tab."""
+    queue = blocks._queue
+    if queue.pending_event_ids_session.get(session):
+        return  # it has asked for more
+    queue.pending_event_ids_session.pop(session, None)
+    queue.pending_messages_per_session.pop(session, None)
+    with blocks.state_holder.lock:
+        blocks.state_holder.session_data.pop(session, None)
+        blocks.state_holder.time_last_used.pop(session, None)
 
 
 def mount(
@@ -108,17 +137,20 @@ def mount(
     if blocks is None:
         blocks = build(captioner, limits, **options)
     blocks.has_launched = True  # else Gradio does not check the paths of files
-    return gr.mount_gradio_app(
-        app,
-        blocks,
-        path=path,
-        root_path=root_path,
-        max_file_size=limits.bytes,
-        show_error=True,
-        ssr_mode=False,
-        app_kwargs={"middleware": [Middleware(Guard, max_bytes=limits.bytes)]},
-        **look(),
-    )
+    with contextlib.redirect_stdout(None):  # 6.0 prints a line
+        return gr.mount_gradio_app(
+            app,
+            blocks,
+            path=path,
+            root_path=root_path,
+            max_file_size=limits.bytes,
+            show_error=True,
+            ssr_mode=False,
+            app_kwargs={
+                "middleware": [Middleware(Guard, max_bytes=limits.bytes, answered=partial(forget, blocks))]
+            },
+            **look(),
+        )
 
 
 def serve(

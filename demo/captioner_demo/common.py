@@ -120,8 +120,11 @@ def endpoint(demo: Demo, function: Callable[..., Any], inputs: Sequence[Any], de
 
 
 def on_load(what: str) -> str:
-    """Return the script that a component runs when it is loaded; 'submit' is the event it triggers."""
+    """Return the script that a component runs when it is loaded; 'submit' is the event it triggers.
+
+    When the script has begun, the component's element has ``data-ready``.
+    """
     return (
-        f"(function go() {{ if (window.captioner) window.captioner.{what}(element, trigger); "
-        "else setTimeout(go, 20); }()); // 'submit'"
+        "(function go() { if (!window.captioner) { setTimeout(go, 20); return; } "
+        f"window.captioner.{what}(element, trigger); element.dataset.ready = '{what}'; }}()); // 'submit'"
     )

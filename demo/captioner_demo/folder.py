@@ -8,6 +8,7 @@ captions a single photo meanwhile waits for no more than those.
 from __future__ import annotations
 
 import base64
+import codecs
 import html
 import io
 import logging
@@ -28,8 +29,7 @@ from gradio.utils import get_upload_folder
 
 from captioner import Caption
 from captioner.batch import FileResult, to_record
-from captioner.console import dumps
-from captioner.outputs import CsvWriter
+from captioner.batch.tables import head, lines
 from captioner.parallel import ahead
 from captioner_demo import page, photo
 from captioner_demo.common import Demo, on_load
@@ -92,6 +92,7 @@ class Row:
         thumb: the photo as a small JPEG.
         error: one line that names the file.
         session: how the caption was changed by touching it, if it was.
+        seconds: that captioning took.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Row:
     thumb: bytes = b""
     error: str | None = None
     session: photo.Session | None = None
+    seconds: float = 0.0
 
     @property
     def caption(self) -> Caption | None:
@@ -112,7 +114,7 @@ class Row:
     @property
     def result(self) -> FileResult:
         """What `captioner.batch.to_record` takes."""
-        return FileResult(self.name, self.caption, self.error)
+        return FileResult(self.name, self.caption, self.error, self.seconds)
 
 
 @dataclass(eq=False)
@@ -123,6 +125,7 @@ class Run:
         token: what the page's script calls it.
         names: of all its files.
         model: the model's name, for the records.
+        model_sha256: of its checkpoint, for the records.
         options: see `Captioner.caption`.
         rows: what has become of the files so far, in order.
         stop: when it is set, no further file is begun.
@@ -134,6 +137,12 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    model_sha256: str | None = None
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield the record of each row (``docs/records.md``)."""
+        for row in self.rows:
+            yield to_record(row.result, self.model, self.model_sha256)
 
 
 def given_name(name: Any) -> str:
@@ -236,6 +245,7 @@ def _caption_photo(engine: Engine, limits: Limits, given: Given, options: dict[s
     name = given.name
     if given.path is None:
         return Row(name, error=given.error)
+    begun = time.perf_counter()
     try:
         look, caption = engine.caption_photo(read_photo(given.path, limits, name), **options)
         thumb = display_photo(look.display, THUMB)
@@ -245,7 +255,8 @@ def _caption_photo(engine: Engine, limits: Limits, given: Given, options: dict[s
     except Exception:  # one file, whatever it is, must not stop the others
         logging.getLogger(__name__).exception("a photo could not be captioned")
         return Row(name, error=f"{name}: it could not be captioned")
-    return Row(name, given.path, look.key, caption.n_best or (caption,), thumb)
+    seconds = time.perf_counter() - begun
+    return Row(name, given.path, look.key, caption.n_best or (caption,), thumb, seconds=seconds)
 
 
 def fill(engine: Engine, limits: Limits, run: Run, files: Iterable[Given]) -> Iterator[str]:
@@ -368,47 +379,19 @@ def steps(run: Run, index: int) -> str:
 
 # --- files to take along --------------------------------------------------------------------------------
 
-_FORMULA = re.compile(r"'*[=+\-@\t\r＝＋－＠]")
-
-
-def harmless(text: str) -> str:
-    """Return a CSV cell that no spreadsheet takes for a formula: an apostrophe before what would be one.
-
-    To undo it, take one apostrophe away where apostrophes are followed by ``=``, ``+``, ``-`` or ``@``.
-    """
-    return f"'{text}" if _FORMULA.match(text) else text
-
-
-class _Table(CsvWriter):
-    """The command line's columns (``docs/records.md``), kept as text, without formulas."""
-
-    def __init__(self, model: str) -> None:
-        super().__init__(attention=False)
-        self.model = model
-        self.text = io.StringIO()
-
-    def _row(self, cells: Iterable[Any]) -> None:
-        import csv
-
-        csv.writer(self.text).writerow([harmless(cell) if isinstance(cell, str) else cell for cell in cells])
-
 
 def to_csv(run: Run) -> bytes:
-    """Return the rows as CSV, with the columns of ``captioner caption --csv``.
+    """Return the rows as CSV, with the columns of ``captioner caption --csv`` and no formulas.
 
     It begins with a byte order mark only if there is more than ASCII in it: spreadsheets need one then.
     """
-    table = _Table(run.model)
-    for row in run.rows:
-        table.write(row.result)
-    table.close()
-    text = table.text.getvalue()
-    return text.encode("ascii" if text.isascii() else "utf-8-sig")
+    text = head(".csv") + b"".join(lines(record, ".csv") for record in run.records())
+    return text if text.isascii() else codecs.BOM_UTF8 + text
 
 
 def to_jsonl(run: Run) -> bytes:
     """Return the rows as records (``docs/records.md``), one a line."""
-    return "".join(f"{dumps(to_record(row.result, run.model))}\n" for row in run.rows).encode()
+    return b"".join(lines(record, ".jsonl") for record in run.records())
 
 
 def to_zip(run: Run) -> bytes:
@@ -497,17 +480,19 @@ def records(
 ) -> list[dict[str, Any]]:
     """Caption photo files; return the record of each (``docs/records.md``), in order, for Gradio's clients.
 
-    ``path`` is called ``name`` there: clients take what has a ``path`` for a file that is to be fetched.
+    ``path`` is called ``name`` there: `gradio_client` takes every object with a ``path`` for a file of the
+    server, and puts a download of it in the place of the whole record.
 
     Raises:
         LimitError, ValueError: no or too many photos, impossible options. A bad file is no error here.
     """
     items = [{"name": Path(path).name, "path": str(path)} for path in paths or ()]
     files = given_files(items, limits, get_upload_folder())
-    model = engine.captioner.header.name
+    captioner = engine.captioner
+    model = captioner.header.name, captioner.fingerprint
     found = []
     for row in caption_photos(engine, limits, files, options):
-        record = to_record(row.result, model, attention=bool(attention))
+        record = to_record(row.result, *model, attention=bool(attention))
         found.append({"name": record.pop("path"), **record})
     return found
 
@@ -609,7 +594,14 @@ def tab(demo: Demo) -> None:
                 files = given_files(data.get("files"), demo.limits, get_upload_folder())
             stop = stops.event(data.get("token"))
             names = tuple(given.name for given in files)
-            now = Run(data["token"], names, engine.captioner.header.name, stop=stop)
+            captioner = engine.captioner
+            now = Run(
+                data["token"],
+                names,
+                captioner.header.name,
+                stop=stop,
+                model_sha256=captioner.fingerprint,
+            )
             for text in fill(engine, demo.limits, now, files):
                 yield now, text, gr.update(visible=bool(now.rows))
 
@@ -697,8 +689,9 @@ def _endpoint(demo: Demo, queue: dict[str, Any]) -> None:
         api_name="caption_folder",
         api_description=(
             f"Caption up to {demo.limits.files} photos. The answer is a list with the record of each file, "
-            "in order (docs/records.md): what `Caption.to_dict()` gives, name, model and error. A file that "
-            "cannot be captioned has an error in its record and does not stop the others."
+            "in order (docs/records.md, where name is called path): what `Caption.to_dict()` gives, name, "
+            "model and error. A file that cannot be captioned has an error in its record and does not stop "
+            "the others."
         ),
         **queue,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ _FOREIGN = re.compile(
     rb'|<meta\b[^>]*\bcontent="https?://[^>]*>|<link\b[^>]*\bhref="//[^>]*>',
     re.IGNORECASE,
 )
+
+
+_CALL = re.compile(r"/call/(?:v2/)?[^/]+/([0-9a-f]{32})/?$")
+"""Where the answer of a call is fetched; who named no session has the event's id for one."""
 
 
 class PathError(ValueError):
@@ -87,15 +92,19 @@ def only_ours(page: bytes) -> bytes:
 class Guard:
     """ASGI middleware; see the module."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, answered: Callable[[str], None] = lambda session: None
+    ) -> None:
         """Wrap an app.
 
         Args:
             app: Gradio's.
             max_bytes: of one uploaded file.
+            answered: is told the session of a call of the API that has had its answer.
         """
         self.app = app
         self.max_bytes = max_bytes
+        self.answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -133,6 +142,9 @@ class Guard:
             await self.app(scope, receive, _Answer(send))
         except _TooLarge:
             await _refuse(413, f"a file may have {self.max_bytes / 1e6:g} MB here", scope, receive, send)
+        finally:
+            if scope["method"] == "GET" and (found := _CALL.search(scope["path"])):
+                self.answered(found[1])
 
 
 async def _refuse(status: int, why: str, scope: Scope, receive: Receive, send: Send) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from captioner import Caption, Word
-from captioner.overlay import _colour, scale
+from captioner.overlay import colour, scale
 
 HEDGES = (
     (0.65, "Quite sure", "sure"),
@@ -94,7 +94,7 @@ def data_uri(data: bytes, kind: str = "image/jpeg") -> str:
 
 def ramp() -> list[int]:
     """Return the heat's colours, 128 × (red, green, blue, opacity), for ``page.js``."""
-    return [int(value) for value in _colour(np.linspace(0, 1, 128)).reshape(-1)]
+    return [int(value) for value in colour(np.linspace(0, 1, 128)).reshape(-1)]
 
 
 def word_data(word: Word) -> dict[str, Any]:

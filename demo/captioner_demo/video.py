@@ -85,12 +85,21 @@ class Working:
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """The clip that one tab of a browser is looking at: its file, its name for people, and its captions."""
+    """The clip that one tab of a browser is looking at.
+
+    Attributes:
+        path: of the file.
+        name: of the file, for people.
+        caption: what was said; its ``error`` says why it ends before the clip does.
+        cut: how the clip was cut.
+        stopped: whether it ends there because somebody said so.
+    """
 
     path: str
     name: str
     caption: VideoCaption
     cut: Cut
+    stopped: bool = False
 
 
 def cut_options(every: Any = None, segment: Any = None, shots: Any = None) -> Cut:
@@ -173,12 +182,17 @@ class _Left(Exception):
 
 
 def caption_clip(
-    captioner: Captioner, limits: Limits, path: str, cut: Cut | None = None
+    captioner: Captioner,
+    limits: Limits,
+    path: str,
+    cut: Cut | None = None,
+    stop: threading.Event | None = None,
 ) -> Iterator[Working | Session]:
     """Caption a clip; give out how far it is, a few times a second, and the session at the end.
 
     A clip that breaks off, or is longer than the limit, is captioned as far as it goes, and the caption's
-    ``error`` says why it ends there. Closing the iterator ends the work.
+    ``error`` says why it ends there. When ``stop`` is set, the segments that are there by then are the
+    caption. Closing the iterator ends the work.
 
     Raises:
         LimitError: too many bytes or pixels, or a photo.
@@ -220,13 +234,18 @@ def caption_clip(
     thread.start()
     segments: list[Segment] = []
     problem: str | None = None
+    stopped = False
     try:
         yield Working(name, 0.0, expected, ())
         told = (0.0, 0)
         while True:
             try:
-                news = found.get(timeout=_PAUSE)
+                # what is there already stays, also when it is told to stop
+                news = found.get_nowait() if stop is not None and stop.is_set() else found.get(timeout=_PAUSE)
             except queue.Empty:
+                if stop is not None and stop.is_set():
+                    stopped = True
+                    break
                 if told != (read, len(segments)):
                     told = (read, len(segments))
                     yield Working(name, read, expected, tuple(segments))
@@ -247,11 +266,15 @@ def caption_clip(
         left.set()
         thread.join(10)
     until = segments[-1].end if segments else 0.0
-    if problem is None and (
+    if stopped:
+        problem = f"{name}: stopped; captioned up to {clock(until)}"
+        if whole is not None:
+            problem += f" of {clock(round(whole))}"
+    elif problem is None and (
         until >= limits.seconds - 1e-6 if whole is None else whole > limits.seconds + 0.1
     ):
         problem = f"{name}: only the first {limits.seconds:g} seconds were captioned; that is the limit here"
-    yield Session(path, name, VideoCaption(tuple(segments), until, problem), cut)
+    yield Session(path, name, VideoCaption(tuple(segments), until, problem), cut, stopped)
 
 
 def _line(path: str, name: str, error: BaseException) -> str:
@@ -369,8 +392,9 @@ def show(session: Session) -> str:
     }
     fit = segments[0].caption.fit if segments else None
     size = f"--w:{fit.width};--h:{fit.height}" if fit else "--w:16;--h:9"
-    note = page.note(page.clean(session.caption.error), "error") if session.caption.error else ""
-    if not segments:
+    problem = session.caption.error
+    note = page.note(page.clean(problem), "note" if session.stopped else "error") if problem else ""
+    if not segments and not problem:
         note += page.note("There is nothing to caption in this clip.")
     attends = any(word.attention is not None for s in segments for word in s.caption.words)
     hint = (
@@ -558,6 +582,34 @@ def shelved(path: str, folder: str | os.PathLike[str]) -> str:
     return str(place)
 
 
+class Stops:
+    """What is at work, by the tab of a browser that it is for; at most one piece of work for each."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def event(self, key: str) -> Iterator[threading.Event]:
+        """Give the event that `stop` sets while the work goes on."""
+        event = threading.Event()
+        with self._lock:
+            self._events[key] = event
+        try:
+            yield event
+        finally:
+            with self._lock:
+                if self._events.get(key) is event:
+                    del self._events[key]
+
+    def stop(self, key: str) -> None:
+        """Stop what is at work, if anything is."""
+        with self._lock:
+            event = self._events.get(key)
+        if event is not None:
+            event.set()
+
+
 # --- the tab --------------------------------------------------------------------------------------------
 
 
@@ -588,6 +640,8 @@ def tab(demo: Demo) -> None:
                 elem_id="video-examples",
             )
     view = gr.HTML("", js_on_load=on_load("clip"), apply_default_css=False, elem_id="video-view")
+    # buttons of their own: what shows the progress is drawn anew with each step of it
+    halt = gr.Button("Stop", size="sm", visible=False, elem_id="video-stop", elem_classes="cap-halt")
     with gr.Row(visible=False, elem_classes="cap-downloads") as downloads:
         buttons = {
             kind: gr.Button(label, size="sm", min_width=120, elem_id=f"video-{kind}")
@@ -595,6 +649,7 @@ def tab(demo: Demo) -> None:
         }
         draw = gr.Button("Draw the overlay", size="sm", min_width=120, elem_id="video-draw")
     overlay = gr.HTML("", js_on_load=on_load("overlaid"), apply_default_css=False, elem_id="video-overlay")
+    undraw = gr.Button("Stop", size="sm", visible=False, elem_id="video-undraw", elem_classes="cap-halt")
     with gr.Accordion("Advanced", open=False):
         with gr.Row():
             segment = gr.Slider(
@@ -614,7 +669,8 @@ def tab(demo: Demo) -> None:
         again = gr.Button("Caption again", size="sm", interactive=False, elem_id="video-again")
     handed = gr.JSON(visible="hidden")
     settings = [every, segment, shots]
-    everything = [session, view, downloads, overlay, again, upload]
+    everything = [session, view, downloads, overlay, again, upload, halt]
+    clips, drawings = Stops(), Stops()
     work: dict[str, Any] = {
         "api_visibility": "private",
         "show_progress": "hidden",
@@ -624,13 +680,16 @@ def tab(demo: Demo) -> None:
     quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def empty() -> tuple[Any, ...]:
-        return None, "", gr.update(visible=False), "", gr.update(interactive=False), None
+        hidden = gr.update(visible=False)
+        return None, "", hidden, "", gr.update(interactive=False), None, hidden
 
-    def captioned(find: Callable[[], str], model: str, chosen: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    def captioned(
+        find: Callable[[], str], request: gr.Request, model: str, chosen: Sequence[Any]
+    ) -> Iterator[tuple[Any, ...]]:
         try:
-            with demo.mistakes():
+            with demo.mistakes(), clips.event(str(request.session_hash)) as stop:
                 cut = cut_options(*chosen)
-                for step in caption_clip(demo.engine(model).captioner, demo.limits, find(), cut):
+                for step in caption_clip(demo.engine(model).captioner, demo.limits, find(), cut, stop):
                     if isinstance(step, Session):
                         shown = bool(step.caption.segments)
                         yield (
@@ -640,57 +699,69 @@ def tab(demo: Demo) -> None:
                             "",
                             gr.update(interactive=True),
                             None,
+                            gr.update(visible=False),
                         )
                     else:
                         hidden = gr.update(visible=False)
                         idle = gr.update(interactive=False)
-                        yield gr.skip(), show_working(step), hidden, "", idle, None
+                        yield gr.skip(), show_working(step), hidden, "", idle, None, gr.update(visible=True)
         except gr.Error:
             yield empty()
             raise
 
-    def uploaded(path: str | None, model: str, *chosen: Any) -> Iterator[tuple[Any, ...]]:
+    def uploaded(
+        request: gr.Request, path: str | None, model: str, *chosen: Any
+    ) -> Iterator[tuple[Any, ...]]:
         if path:
-            yield from captioned(lambda: path, model, chosen)
+            yield from captioned(lambda: path, request, model, chosen)
         else:
             yield tuple(gr.skip() for _ in everything)
 
-    def picked(event: gr.EventData, model: str, *chosen: Any) -> Iterator[tuple[Any, ...]]:
+    def picked(
+        event: gr.EventData, request: gr.Request, model: str, *chosen: Any
+    ) -> Iterator[tuple[Any, ...]]:
         def find() -> str:
             index = whole_number(event._data.get("pick"), "example", len(examples()))
             path = shelved(examples()[index], get_upload_folder())
             view.temp_files.add(path)  # deleted with the uploads
             return path
 
-        yield from captioned(find, model, chosen)
+        yield from captioned(find, request, model, chosen)
 
-    def repeated(now: Session | None, model: str, *chosen: Any) -> Iterator[tuple[Any, ...]]:
+    def repeated(
+        request: gr.Request, now: Session | None, model: str, *chosen: Any
+    ) -> Iterator[tuple[Any, ...]]:
         if now is None:
             yield tuple(gr.skip() for _ in everything)
         else:
-            yield from captioned(lambda: now.path, model, chosen)
+            yield from captioned(lambda: now.path, request, model, chosen)
 
-    def drawing(now: Session | None) -> Iterator[str]:
+    def drawing(request: gr.Request, now: Session | None) -> Iterator[tuple[str, Any]]:
         folder = None
+        at_work, idle = gr.update(visible=True), gr.update(visible=False)
         try:
-            with demo.mistakes():
+            with demo.mistakes(), drawings.event(str(request.session_hash)) as stop:
                 if now is None:
                     raise LimitError("caption a clip first")
                 os.makedirs(get_upload_folder(), exist_ok=True)
                 folder = Path(tempfile.mkdtemp(prefix="overlay-", dir=get_upload_folder()))
                 path = folder / f"{page.safe_stem(now.name)}-overlay.mp4"
-                yield f'<section class="cap-working">{bar(0, "Drawing the overlay")}</section>'
+                yield f'<section class="cap-working">{bar(0, "Drawing the overlay")}</section>', at_work
                 for step in draw_overlay(now, demo.limits, path):
+                    if stop.is_set():
+                        yield "", idle
+                        return
                     if isinstance(step, tuple):
                         view.temp_files.add(str(path))
-                        yield show_overlay(path, path.name, step)
+                        yield show_overlay(path, path.name, step), idle
                     else:
                         done = bar(step / max(now.caption.duration, 0.1), "Drawing the overlay")
                         whole = clock(round(now.caption.duration))
                         at = f"Drawing the overlay: {clock(round(step))} of {whole}"
-                        yield f'<section class="cap-working"><p class="cap-at">{at}</p>{done}</section>'
+                        text = f'<section class="cap-working"><p class="cap-at">{at}</p>{done}</section>'
+                        yield text, at_work
         except gr.Error:
-            yield ""
+            yield "", idle
             raise
         finally:
             if folder is not None and not any(folder.iterdir()):
@@ -701,7 +772,13 @@ def tab(demo: Demo) -> None:
     again.click(repeated, [session, demo.model, *settings], everything, **work)
     demo.model.change(repeated, [session, demo.model, *settings], everything, **work)
     view.submit(empty, None, everything, **quick)
-    draw.click(drawing, session, overlay, **work)
+    draw.click(drawing, session, [overlay, undraw], **work)
+    for button, stops in ((halt, clips), (undraw, drawings)):
+
+        def stopped(request: gr.Request, stops: Stops = stops) -> None:
+            stops.stop(str(request.session_hash))
+
+        button.click(stopped, None, None, queue=False, **quick)
     for kind, button in buttons.items():
 
         def make(now: Session | None, kind: str = kind) -> Any:

@@ -380,13 +380,16 @@ def test_who_stops_early_does_not_wait() -> None:
 def test_records(folder: Path, captioner: Captioner) -> None:
     result = next(iter(caption_files(captioner, folder / "00.png")))
     assert result.caption is not None
-    record = to_record(result, "tiny")
+    record = to_record(result, "tiny", "0123456789abcdef")
     assert record == {
         "path": str(folder / "00.png"),
         **result.caption.to_dict(),
         "model": "tiny",
+        "model_sha256": "0123456789abcdef",
+        "seconds": float(f"{result.seconds:.3g}"),
         "error": None,
     }
+    assert 0 < result.seconds < 60
     full = to_record(result, "tiny", attention=True)
     assert np.shape(full["words"][0]["attention"]) == (1, 2, 2)
     failed = to_record(FileResult("a.jpg", None, "a.jpg: gone"), "tiny")
@@ -395,6 +398,8 @@ def test_records(folder: Path, captioner: Captioner) -> None:
         "schema": SCHEMA_VERSION,
         "caption": "",
         "model": "tiny",
+        "model_sha256": None,
+        "seconds": 0.0,
         "error": "a.jpg: gone",
     }
     assert list(record)[:3] == list(failed)[:3]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ pytest.importorskip("gradio", reason='the demo needs gradio: pip install "captio
 import uvicorn
 from captioner_demo import Limits, mount
 from captioner_demo.engine import Engine
+from conftest import chromium
 from fastapi import FastAPI
 from gradio import media
 
@@ -84,27 +84,6 @@ def uploads(start: Any) -> Path:
 def url(start: Callable[[Any], str], engine: Engine) -> str:
     """The demo as it is served, at a port of its own."""
     return start(mount(FastAPI(), captioner=engine, limits=LIMITS, choose_models=True))
-
-
-def chromium() -> str | None:
-    """Return the path of a Chromium, or None."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    return os.environ.get("CHROMIUM") or next((path for name in names if (path := shutil.which(name))), None)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    path = chromium()
-    if path is None:
-        pytest.skip("no Chromium found: apt install chromium, or set CHROMIUM to its path")
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path,
-            args=["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"],
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from captioner_demo.engine import Engine
 from captioner_demo.limits import LimitError
 
 from captioner import Captioner
-from captioner.captioner import BUILT_IN
+from captioner.identity import BUILT_IN
 
 
 def test_the_cards_facts_are_told(engine: Engine) -> None:

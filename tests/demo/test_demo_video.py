@@ -27,6 +27,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from captioner import Captioner, VideoCaption
+from captioner.caption import clock
 from captioner.video import VideoError, frames, probe
 from demo.clip_data import write_clip, write_sound
 
@@ -88,6 +89,48 @@ def test_closing_ends_the_work(captioner: Captioner, tmp_path: Path) -> None:
     next(steps)
     steps.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name == "captioner-clip"]
+
+
+def test_when_it_is_stopped_what_was_captioned_stays(captioner: Captioner, tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "long.mp4", seconds=30)
+    stop = threading.Event()
+    for step in video.caption_clip(captioner, LIMITS, str(path), Cut(every=0.5, segment=2), stop):
+        if isinstance(step, Working) and len(step.segments) >= 2:
+            stop.set()
+    assert isinstance(step, Session)
+    assert step.stopped
+    count = len(step.caption.segments)
+    assert 2 <= count < 30
+    assert step.caption.duration == step.caption.segments[-1].end
+    until = clock(step.caption.duration)
+    assert step.caption.error == f"long.mp4: stopped; captioned up to {until} of 1:00"
+    assert not [thread for thread in threading.enumerate() if thread.name == "captioner-clip"]
+    shown = video.show(step)
+    assert "stopped; captioned up to" in shown
+    assert len(sent(shown)["segments"]) == count
+
+
+def test_a_clip_can_be_stopped_before_its_first_segment(captioner: Captioner, clip: str) -> None:
+    stop = threading.Event()
+    stop.set()
+    *_, session = video.caption_clip(captioner, LIMITS, clip, CUT, stop)
+    assert isinstance(session, Session)
+    assert session.stopped
+    assert len(session.caption.segments) < 2
+    assert "stopped; captioned up to 0:0" in video.show(session)
+
+
+def test_only_ones_own_work_is_stopped() -> None:
+    stops = video.Stops()
+    with stops.event("one") as one, stops.event("two") as two:
+        stops.stop("one")
+        stops.stop("three")
+        assert (one.is_set(), two.is_set()) == (True, False)
+        with stops.event("two") as later:
+            stops.stop("two")
+            assert (two.is_set(), later.is_set()) == (False, True)
+    stops.stop("one")
+    assert stops._events == {}
 
 
 def test_longer_clips_are_captioned_up_to_the_limit(captioner: Captioner, clip: str) -> None:

@@ -32,8 +32,9 @@ from shape_data import (
 )
 
 from captioner import Captioner, checkpoint
-from captioner.checkpoint import read_header, write_atomically
+from captioner.checkpoint import read_header
 from captioner.encoder import Encoder
+from captioner.files import write_atomically
 
 # --------------------------------------------------------------------------------------------------
 # learning

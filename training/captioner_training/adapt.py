@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from captioner import checkpoint
-from captioner.captioner import BUILT_IN
 from captioner.frame_encoder import FrameConfig
+from captioner.identity import BUILT_IN
 from captioner.model import CaptionModel
 from captioner.tokenizer import SPECIAL, UNKNOWN, WordTokenizer, split_words
 from captioner_training.config import ConfigError, StartConfig, VideoSection

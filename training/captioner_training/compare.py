@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from captioner import __version__, checkpoint
 from captioner.captioner import choose_device
-from captioner.checkpoint import write_atomically
+from captioner.files import write_atomically
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
 from captioner.tokenizer import END, PAD, START

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from captioner.attention import masked_mean
 from captioner.calibration import is_content_word
-from captioner.checkpoint import write_atomically
 from captioner.encoder import Encoder
+from captioner.files import write_atomically
 from captioner.tokenizer import UNKNOWN, Tokenizer, WordTokenizer, split_words
 from captioner.words import WordGuesser
 from captioner_training.config import ConceptsConfig, ConfigError

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from captioner.checkpoint import write_atomically
 from captioner.encoder import Encoder, GridFeatures, compute, encode, fuse, photo_mask
+from captioner.files import write_atomically
 from captioner.images import Fit, ImageError, Preprocess, load, open_image
 from captioner.parallel import ahead
 from captioner.video import VideoError

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from captioner.checkpoint import write_atomically
+from captioner.files import write_atomically
 
 METRICS = ("CIDEr", "METEOR", "BLEU-4")
 GROUPS = 4

@@ -15,6 +15,7 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from captioner.files import write_atomically
 from captioner_training.metrics import Annotations, ScoreError, _field, _first, _identity, _kind, _read_text
 
 _IDENTITIES = ("image_id", "file_name", "path", "image", "id")
@@ -50,8 +51,6 @@ def load_results(path: str | PathLike[str]) -> dict[Hashable, str]:
 
 def save_results(path: Path, captions: Mapping[Any, str]) -> None:
     """Write captions by image id in COCO's results format."""
-    from captioner.checkpoint import write_atomically  # and with it torch, which scoring does not need
-
     results = [{"image_id": key, "caption": caption} for key, caption in captions.items()]
     write_atomically(path, json.dumps(results).encode())
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from captioner.checkpoint import write_atomically
+from captioner.files import write_atomically
 from captioner.model import CaptionModel
 from captioner_training.config import ConfigError, TrainingConfig
 from captioner_training.optimisation import Average

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from captioner.calibration import is_content_word, stem
 from captioner.caption import Caption
 from captioner.captioner import Captioner
-from captioner.checkpoint import write_atomically
 from captioner.encoder import GridFeatures, encode, photo_mask
+from captioner.files import write_atomically
 from captioner.images import Fit
 from captioner.parallel import ahead
 from captioner.tokenizer import END, START

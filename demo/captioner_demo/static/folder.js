@@ -139,7 +139,7 @@
   function folderTable(element, trigger) {
     const find = (selector) => element.querySelector(selector);
     const rows = () => Array.from(find("tbody").children);
-    let run = "", first = "", seen = 0, done = 0, bad = 0, last = -1, step = "", was = false, note = "";
+    let run = "", first = "", seen = 0, done = 0, bad = 0, last = -1, step = "", was = false, note = "", fate = "";
 
     function row(body, index, path) {
       const line = add(body, "tr", "", "cap-waiting");
@@ -161,6 +161,7 @@
 
     function begin(token, names, told) {
       run = token;
+      mark("busy");
       first = "";
       seen = done = bad = 0;
       last = -1;
@@ -223,20 +224,26 @@
       find("progress").hidden = true;
       find("[role=status]").textContent = note + text;
       find("[data-do=stop]").hidden = true;
+      fate = stopped ? "stopped" : "done";
     }
 
     function end() {
-      if (find("[data-do=stop]").hidden) return;
-      finish(true); // the feed did not say so
+      if (!find("[data-do=stop]").hidden) finish(true); // the feed did not say so
+      mark(fate);
+    }
+
+    // For who watches the page from outside: which run it shows, and whether the server has done with it.
+    function mark(state) {
+      Object.assign(find(".cap-folder").dataset, { run: run, state: state });
     }
 
     function fed() {
       const items = Array.from(document.querySelectorAll("#folder-feed [data-item]"), (one) => one.dataset.item);
       if (!items.length) return;
       const head = JSON.parse(items[0]);
+      if (head.run !== run) return; // Gradio may draw the feed of the run before once more
       if (items[0] !== first) {
-        if (head.names && (head.run !== run || !rows().length)) begin(head.run, head.names);
-        if (head.run !== run) return;
+        if (head.names && !rows().length) begin(head.run, head.names);
         first = items[0];
         seen = 1;
       }

@@ -1,0 +1,438 @@
+"""The batch command: ``captioner caption FOLDER --output results.jsonl`` and what goes with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from captioner import identity
+from captioner.batch.journal import Journal
+from captioner.batch.run import Beside, Counts, Engine, Finished, Run, Stopped
+from captioner.batch.sources import Missing, Source, find_sources
+from captioner.batch.tables import check_output, image_id, to_json
+from captioner.console import (
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+    TERMINATED,
+    UNUSABLE,
+    fail,
+    printable,
+    say,
+)
+from captioner.files import open_atomically
+
+if TYPE_CHECKING:
+    from captioner.captioner import Captioner
+    from captioner.outputs import Progress
+
+SHOWN = 3
+"""How many kinds of error are told at the end of a run."""
+
+
+@dataclass
+class Batch:
+    """What the command line asks for.
+
+    Attributes:
+        paths, recursive, column: see `captioner.batch.sources.find_sources`.
+        output: the table, or None.
+        journal: or None for ``OUTPUT.journal``; without an output ``.captioner.journal`` in the folder of the
+            first path.
+        sidecars, alt_text, srt, vtt: what is written beside files.
+        existing, before, after: see `captioner.batch.sidecars.Sidecars`.
+        min_confidence, checksum: see `Run`.
+        strict: whether a file that cannot be captioned makes the exit code 1.
+        report: the contact sheet, or None.
+        watch: go on as files arrive.
+        ray, address, workers: see `captioner.batch.on_ray`.
+        model, device, precision, threads: of the captioner.
+        batch_size, clips, options: see `captioner.batch.caption_media`.
+    """
+
+    paths: Sequence[str]
+    recursive: bool = False
+    column: str | None = None
+    output: Path | None = None
+    journal: Path | None = None
+    sidecars: bool = False
+    alt_text: bool = False
+    srt: bool = False
+    vtt: bool = False
+    existing: str = "keep"
+    before: str = ""
+    after: str = ""
+    min_confidence: float = 0.0
+    checksum: bool = False
+    strict: bool = False
+    report: Path | None = None
+    watch: bool = False
+    ray: bool = False
+    address: str | None = None
+    workers: int | None = None
+    model: Path | None = None
+    device: str = "auto"
+    precision: str = "float32"
+    threads: int = 0
+    batch_size: int = 32
+    clips: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def find(self) -> Iterator[Source | Missing]:
+        """Find the files."""
+        return find_sources(self.paths, recursive=self.recursive, column=self.column)
+
+    @property
+    def place(self) -> Path:
+        """What the journal and the file of errors are called after."""
+        if self.output is not None:
+            return self.output
+        first = Path(self.paths[0])
+        local = self.paths[0] != "-" and "://" not in self.paths[0]
+        folder = first if first.is_dir() else first.parent if local and first.parent.is_dir() else Path()
+        return folder / ".captioner"
+
+    @property
+    def errors(self) -> Path:
+        """Where what could not be captioned is listed."""
+        return self.place.with_name(f"{self.place.stem.lstrip('.')}.errors.jsonl")
+
+    def identity(self, fingerprint: str | None = None) -> str:
+        """Name all that a caption depends on; the fingerprint is the model's unless one is given."""
+        fingerprint = fingerprint or identity.fingerprint(self.model or identity.BUILT_IN)
+        options = {k: v for k, v in self.options.items() if k != "seed" or self.options.get("sample")}
+        asked = {"precision": self.precision, "options": options, "clips": dict(self.clips)}
+        return f"{fingerprint} {json.dumps(asked, sort_keys=True, default=str)}"
+
+
+def run_batch(batch: Batch) -> int:
+    """Run the batch command; return its exit code, see ``docs/batch.md``."""
+    if batch.output is not None:
+        check_output(batch.output)
+    if batch.report is not None:
+        _check_report(batch.report)
+    beside = _beside(batch)
+    found = _checked(batch) if batch.sidecars or _is_coco(batch) else None
+    place = batch.place
+    with Journal(batch.journal or place.with_name(f"{place.name}.journal")) as journal:
+        run = Run(
+            journal,
+            batch.identity(),
+            output=batch.output,
+            errors=batch.errors,
+            min_confidence=batch.min_confidence,
+            use_checksum=batch.checksum,
+            beside=beside,
+        )
+        code = 0
+        with _signals(run) as signalled:
+            try:
+                _caption(batch, run, found)
+                if batch.watch and not run.stopping:
+                    _watch(batch, run)
+            except Stopped as stop:
+                say(f"stopped: {stop}; what was captioned is kept, and the same command goes on")
+                code = STOPPED
+            except KeyboardInterrupt:
+                run.stopping = True
+            try:
+                run.finish()
+                if batch.report is not None:
+                    _report(batch, run, batch.report)
+            except Stopped as stop:
+                if not code:
+                    say(f"stopped: {stop}; what was captioned is kept, and the same command goes on")
+                code = STOPPED
+        _summarise(batch, run)
+        if code:
+            return code
+        if run.stopping and not batch.watch:
+            say("interrupted; the same command goes on where it was")
+            return TERMINATED if signal.SIGTERM in signalled else INTERRUPTED
+        return _code(batch, run.counts)
+
+
+def _code(batch: Batch, counts: Counts) -> int:
+    failures = counts.failed + len(counts.missing)
+    if failures and not counts.captioned + counts.skipped:
+        return UNUSABLE
+    if not counts.seen:
+        fail("there was nothing to caption")
+    return FAILED if failures and batch.strict else 0
+
+
+def _is_coco(batch: Batch) -> bool:
+    return batch.output is not None and batch.output.suffix.lower() == ".json"
+
+
+def _checked(batch: Batch) -> list[Source | Missing]:
+    """Find all files, and refuse to begin if two of them want the same file or id."""
+    found = list(batch.find())
+    sources = [item for item in found if isinstance(item, Source)]
+    if batch.sidecars:
+        from captioner.batch.sidecars import clashes
+
+        lines = list(islice(clashes(source.path for source in sources if source.file is not None), 6))
+        for line in lines[:5]:
+            say(line)
+        if lines:
+            fail("nothing was captioned: rename these files, or give --output instead of --sidecars")
+    if _is_coco(batch):
+        seen: dict[int | str, str] = {}
+        for source in sources:
+            other = seen.setdefault(image_id(source.path), source.path)
+            if other != source.path:
+                fail(
+                    f"--output {batch.output}: {other} and {source.path} would have the same COCO id; "
+                    "give .jsonl instead of .json, or rename one"
+                )
+    return found
+
+
+def _beside(batch: Batch) -> dict[str, Beside]:
+    found: dict[str, Beside] = {}
+    if batch.alt_text:
+        from captioner.batch.metadata import AltText
+
+        found["alt-text"] = AltText()
+    if batch.sidecars:
+        from captioner.batch.sidecars import Sidecars
+
+        found["sidecar"] = Sidecars(batch.existing, batch.before, batch.after)
+    for kind, wanted in (("srt", batch.srt), ("vtt", batch.vtt)):
+        if wanted:
+            from captioner.batch.sidecars import SubtitleFiles
+
+            found[kind] = SubtitleFiles(kind, batch.existing)
+    return found
+
+
+@contextmanager
+def _signals(run: Run) -> Iterator[list[int]]:
+    """Let the first Ctrl-C, or SIGTERM, end what is in work, and the second end everything."""
+    signalled: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if run.stopping:
+            raise KeyboardInterrupt
+        signalled.append(number)
+        run.stopping = True
+        say("finishing what is in work; once more stops at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield signalled
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signalled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+def _caption(batch: Batch, run: Run, found: Sequence[Source | Missing] | None) -> None:
+    from captioner.outputs import Progress
+
+    with Progress(None if found is None else len(found), dict(batch.clips)) as progress:
+        run.tick = progress.reach
+        if found is None and progress.shown and "-" not in batch.paths:
+            threading.Thread(target=_count, args=(batch, progress), daemon=True).start()
+        records = run.run(batch.find() if found is None else found, lambda: make_engine(batch, run, progress))
+        for record in records:
+            if record["error"] is not None:
+                progress.say(record["error"])
+
+
+def _count(batch: Batch, progress: Progress) -> None:
+    """Count the files for the bar, while they are captioned."""
+    try:
+        progress.expect(sum(1 for _ in batch.find()))
+    except Exception:  # whoever captions them says what is wrong
+        return
+
+
+def make_engine(batch: Batch, run: Run, progress: Progress) -> Engine:
+    """Return what captions: this machine, or Ray."""
+    options = dict(batch.options)
+    if options.get("sample"):
+        options["seed"] = _Seeds(options.get("seed", 0))
+    look = look_closely if batch.report is not None else None
+    if batch.ray:
+        return _ray_engine(batch, options, look)
+    captioner = load_captioner(batch)
+
+    def report(path: str, seconds: float) -> None:
+        if run.stopping:  # a clip may take hours; what is captioned of it is kept
+            raise KeyboardInterrupt
+        progress.reading(path, seconds)
+
+    return local_engine(
+        captioner,
+        batch_size=batch.batch_size,
+        clips=batch.clips,
+        progress=report,
+        look=look,
+        **options,
+    )
+
+
+class _Seeds:
+    """Seeds that a file keeps, wherever in a list it stands."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, path: str) -> int:
+        from zlib import crc32
+
+        return self.seed + crc32(os.fsencode(path))
+
+
+def load_captioner(batch: Batch) -> Captioner:
+    """Load the model."""
+    import torch
+
+    from captioner.captioner import Captioner
+
+    if batch.threads:
+        torch.set_num_threads(batch.threads)
+    return Captioner.load(batch.model, device=batch.device, precision=batch.precision)
+
+
+def local_engine(captioner: Captioner, **options: Any) -> Engine:
+    """Return what captions on this machine; options are those of `captioner.batch.caption_media`."""
+    from captioner.batch.media import FileResult, caption_media, to_record
+
+    def engine(sources: Iterator[Source]) -> Iterator[Finished]:
+        for result in caption_media(captioner, sources, **options):
+            record = to_record(result, captioner.header.name, captioner.fingerprint)
+            looked = result.looked if isinstance(result, FileResult) else None
+            yield Finished(record, *(looked or (None, None)))
+
+    return engine
+
+
+def _ray_engine(batch: Batch, options: Mapping[str, Any], look: Callable[..., Any] | None) -> Engine:
+    from captioner.batch.on_ray import caption_on_ray
+
+    def engine(sources: Iterator[Source]) -> Iterator[Finished]:
+        for record in caption_on_ray(
+            sources,
+            model=batch.model,
+            options=options,
+            clips=batch.clips,
+            batch_size=batch.batch_size,
+            precision=batch.precision,
+            look=look,
+            address=batch.address,
+            workers=batch.workers,
+        ):
+            looked = record.pop("looked", None)
+            yield Finished(record, *(looked or (None, None)))
+
+    return engine
+
+
+def look_closely(pixels: Any, fit: Any, caption: Any) -> tuple[bytes, bytes | None]:
+    """Return what the report shows of a photo, and its perceptual hash."""
+    from captioner.batch.alike import perceptual_hash
+    from captioner.batch.page import preview
+
+    return preview(pixels, fit, caption), perceptual_hash(pixels, fit)
+
+
+def _watch(batch: Batch, run: Run) -> None:
+    raise NotImplementedError
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+def _check_report(path: Path) -> None:
+    from importlib.util import find_spec
+
+    if path.suffix.lower() not in (".html", ".htm"):
+        fail(f"--report {path}: expected a name that ends in .html")
+    if not path.parent.is_dir():
+        fail(f"--report {path}: there is no folder {path.parent}; make it first")
+    if find_spec("imagehash") is None:
+        fail('--report needs ImageHash for pictures that look alike: pip install "captioner[report]"')
+
+
+def _report(batch: Batch, run: Run, path: Path) -> None:
+    """Write the contact sheet, and a list of what looks alike beside it."""
+    from captioner.batch.alike import near_duplicates, repeated, summary_lines
+    from captioner.batch.page import write_page
+
+    groups = near_duplicates(run.journal.likenesses())
+    captions = (record["caption"] for _, record in run.journal.records())
+    title = f"Captions of {', '.join(batch.paths[:3])}{', …' if len(batch.paths) > 3 else ''}"
+    options = {"doubtful": batch.min_confidence} if batch.min_confidence else {}
+    try:
+        count = write_page(path, title, run.journal.previews(), groups, **options)
+        alike = path.with_name(f"{path.stem}.alike.jsonl")
+        if groups:
+            with open_atomically(alike) as file:
+                for group in groups:
+                    file.write(f"{to_json({'alike': group})}\n".encode())
+        else:
+            alike.unlink(missing_ok=True)
+    except OSError as error:
+        raise Stopped(f"{error.filename or path}: {error.strerror or error}") from None
+    say(f"{path} shows {_files(count)}")
+    for line in summary_lines(groups, repeated(captions)):
+        say(line)
+
+
+def _summarise(batch: Batch, run: Run) -> None:
+    counts = run.counts
+    parts = [f"captioned {_files(counts.captioned)}"]
+    if counts.skipped:
+        parts.append(f"{_files(counts.skipped)} done before")
+    failures = counts.failed + len(counts.missing)
+    if failures:
+        parts.append(f"{_files(failures)} could not be: see {batch.errors}")
+    say("; ".join(parts))
+    if counts.doubtful and batch.output is not None:
+        review = batch.output.with_name(f"{batch.output.stem}.review{batch.output.suffix}")
+        say(f"{_files(counts.doubtful)} below --min-confidence {batch.min_confidence}: see {review}")
+    for ledger in run.ledgers:
+        if ledger.moved is not None:
+            say(f"{ledger.path} had been edited; that is now {ledger.moved}")
+    for name, count in counts.written.items():
+        if count:
+            say(f"{_WRITTEN[name]} of {_files(count)}")
+    if counts.kept:
+        for path, reason in counts.kept[:SHOWN]:
+            say(f"{path}: {reason}" if not reason.startswith(path) else reason)
+        if len(counts.kept) > SHOWN:
+            say(f"and {len(counts.kept) - SHOWN:,} more files beside which nothing was written")
+    if failures:
+        kinds = Counter(error.removeprefix(f"{printable(path)}: ") for path, error in run.failures())
+        for reason, count in kinds.most_common(SHOWN):
+            say(f"{count:,} x {reason}")
+
+
+_WRITTEN = {
+    "sidecar": "text files beside",
+    "alt-text": "alt text in",
+    "srt": "subtitles (.srt) beside",
+    "vtt": "subtitles (.vtt) beside",
+}
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"

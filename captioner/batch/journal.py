@@ -1,0 +1,293 @@
+"""What a run has done, in one SQLite file that survives a kill, a power cut and a full disk.
+
+The journal is the truth; tables are written from it, and a table that is appended to while the run goes on
+is put right from it. Each file has a row with what it was like when it was captioned (size, modified time,
+perhaps a checksum), by what (`Journal.identity`), and its record. Rows keep their place when a file is
+captioned anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE identities (id INTEGER PRIMARY KEY, text TEXT UNIQUE NOT NULL);
+CREATE TABLE files (
+    path BLOB PRIMARY KEY, id INTEGER UNIQUE NOT NULL, size INTEGER NOT NULL, modified INTEGER NOT NULL,
+    checksum TEXT NOT NULL, identity INTEGER NOT NULL, failed INTEGER NOT NULL, written TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE records (id INTEGER PRIMARY KEY, record BLOB NOT NULL, preview BLOB, likeness BLOB);
+CREATE TABLE beside (
+    path BLOB, output TEXT, target BLOB NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (path, output)
+) WITHOUT ROWID;
+"""
+
+
+class JournalError(ValueError):
+    """A journal that cannot be used; one line that says what to do."""
+
+
+class JournalFull(OSError):
+    """The journal could not be written; what was noted before is kept."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the journal knows of a file.
+
+    Attributes:
+        id: its place in the tables.
+        size, modified, checksum: of the file when it was captioned; the checksum may be empty.
+        identity: number of what captioned it, see `Journal.identity`.
+        failed: whether its record has an error.
+        written: tags of what is written beside the file, with commas between, see `Journal.mark`.
+    """
+
+    id: int
+    size: int
+    modified: int
+    checksum: str
+    identity: int
+    failed: bool
+    written: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is to be noted of a file that has been captioned.
+
+    Attributes:
+        path: as its record says.
+        size, modified, checksum: as in `Done`.
+        record: see ``docs/records.md``.
+        preview: what the contact sheet shows, or None.
+        likeness: a perceptual hash, or None.
+    """
+
+    path: str
+    size: int
+    modified: int
+    checksum: str
+    record: dict[str, Any]
+    preview: bytes | None = None
+    likeness: bytes | None = None
+
+
+class Journal:
+    """An open journal; one process at a time may have it.
+
+    Raises:
+        JournalError: it is in use, of another version, or no journal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._connection = self._connect()
+        try:
+            self._execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._execute("PRAGMA synchronous = FULL")
+            self._execute("BEGIN EXCLUSIVE")
+            if not self._execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                for statement in _TABLES.split(";"):
+                    self._execute(statement)
+                self.set("version", VERSION)
+            self.commit()
+            version = self.get("version")
+        except sqlite3.OperationalError as error:
+            self._connection.close()
+            if "locked" in str(error):
+                raise JournalError(
+                    f"{path}: another run is at work here; wait for it, or give another --output"
+                ) from None
+            raise JournalError(f"{path}: this is no journal of captioner ({error}); move it away") from None
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise JournalError(f"{path}: this is no journal of captioner ({error}); move it away") from None
+        except BaseException:
+            self._connection.close()
+            raise
+        if version != VERSION:
+            self._connection.close()
+            raise JournalError(
+                f"{path}: a journal of version {version}, expected {VERSION}; update captioner, "
+                "or give another --output"
+            )
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            # autocommit: transactions begin and end where this module says so
+            connection = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise JournalError(f"{self.path}: the journal cannot be opened: {error}") from None
+        return connection
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close; what was not committed is forgotten."""
+        self._connection.close()
+
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        return self._connection.execute(statement, values)
+
+    def begin(self) -> None:
+        """Begin a transaction, if none is open."""
+        if not self._connection.in_transaction:
+            self._execute("BEGIN")
+
+    def commit(self) -> None:
+        """Bring what was noted to the disk, for good.
+
+        Raises:
+            JournalFull: it does not fit, or cannot be written; everything before is kept.
+        """
+        if not self._connection.in_transaction:
+            return
+        try:
+            self._execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            self.roll_back()
+            raise JournalFull(None, str(error), str(self.path)) from None
+
+    def roll_back(self) -> None:
+        """Forget what was noted since the last commit."""
+        if self._connection.in_transaction:
+            self._connection.rollback()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return what was set under a key."""
+        row = self._execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return default if row is None else json.loads(row[0])
+
+    def set(self, key: str, value: Any) -> None:
+        """Keep a small value of plain types."""
+        self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    def _write(self, statement: str, values: Sequence[Any]) -> None:
+        self.begin()
+        try:
+            self._execute(statement, values)
+        except sqlite3.OperationalError as error:  # pages are spilled to the disk before the commit, too
+            self.roll_back()
+            raise JournalFull(None, str(error), str(self.path)) from None
+
+    def identity(self, text: str) -> int:
+        """Return the number of what captions: the model and all options that change its captions."""
+        row = self._execute("SELECT id FROM identities WHERE text = ?", (text,)).fetchone()
+        if row is None:
+            self._write("INSERT INTO identities (text) VALUES (?)", (text,))
+            row = self._execute("SELECT id FROM identities WHERE text = ?", (text,)).fetchone()
+        return int(row[0])
+
+    def done(self, paths: Sequence[str]) -> dict[str, Done]:
+        """Return what is known of files, by path; unknown ones are not in it."""
+        keys = [os.fsencode(path) for path in paths]
+        marks = ",".join("?" * len(keys))
+        rows = self._execute(
+            "SELECT path, id, size, modified, checksum, identity, failed, written FROM files "
+            f"WHERE path IN ({marks})",
+            keys,
+        )
+        return {os.fsdecode(path): Done(*rest) for path, *rest in rows}
+
+    def add(self, entry: Entry, identity: int) -> tuple[int, bool]:
+        """Note a file and its record; return its place, and whether it had one already."""
+        key = os.fsencode(entry.path)
+        row = self._execute("SELECT id FROM files WHERE path = ?", (key,)).fetchone()
+        if row is None:
+            top = self._execute("SELECT max(id) FROM records").fetchone()[0]
+            place = 1 if top is None else top + 1
+        else:
+            place = row[0]
+        text = json.dumps(entry.record, ensure_ascii=True, separators=(",", ":"))
+        self._write(
+            "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)",
+            (place, zlib.compress(text.encode(), 1), entry.preview, entry.likeness),
+        )
+        failed = entry.record.get("error") is not None
+        self._write(
+            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, '')",
+            (key, place, entry.size, entry.modified, entry.checksum, identity, failed),
+        )
+        return place, row is not None
+
+    def touch(self, path: str, size: int, modified: int, checksum: str) -> None:
+        """Note that a file looks otherwise and is the same."""
+        self._write(
+            "UPDATE files SET size = ?, modified = ?, checksum = ? WHERE path = ?",
+            (size, modified, checksum, os.fsencode(path)),
+        )
+
+    def plan(self, path: str, output: str, target: Path, digest: str) -> None:
+        """Note what is going to be written beside a file."""
+        self._write(
+            "INSERT OR REPLACE INTO beside VALUES (?, ?, ?, ?)",
+            (os.fsencode(path), output, os.fsencode(target), digest),
+        )
+
+    def planned(self, path: str, output: str) -> str | None:
+        """Return the digest of what was written beside a file, or was going to be."""
+        row = self._execute(
+            "SELECT digest FROM beside WHERE path = ? AND output = ?", (os.fsencode(path), output)
+        ).fetchone()
+        return None if row is None else str(row[0])
+
+    def mark(self, path: str, output: str, tag: str) -> None:
+        """Note that an output beside a file is written, by a tag that begins with its name and a colon."""
+        key = os.fsencode(path)
+        row = self._execute("SELECT written FROM files WHERE path = ?", (key,)).fetchone()
+        others = [t for t in row[0].split(",") if t and not t.startswith(f"{output}:")]
+        self._write("UPDATE files SET written = ? WHERE path = ?", (",".join([*others, tag]), key))
+
+    def record(self, place: int) -> dict[str, Any]:
+        """Return the record at a place."""
+        row = self._execute("SELECT record FROM records WHERE id = ?", (place,)).fetchone()
+        return _record(row[0])
+
+    def records(self, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield all places after one, in order, with their records."""
+        for place, blob in self._execute("SELECT id, record FROM records WHERE id > ? ORDER BY id", (after,)):
+            yield place, _record(blob)
+
+    def failures(self) -> Iterator[dict[str, Any]]:
+        """Yield the records that have an error, in order."""
+        query = "SELECT record FROM files JOIN records USING (id) WHERE failed ORDER BY id"
+        for (blob,) in self._execute(query):
+            yield _record(blob)
+
+    def previews(self) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+        """Yield all records in order, with what the contact sheet shows of them."""
+        for blob, preview in self._execute("SELECT record, preview FROM records ORDER BY id"):
+            yield _record(blob), preview
+
+    def likenesses(self) -> Iterator[tuple[str, bytes | None]]:
+        """Yield path and perceptual hash of all pictures that have one, in order."""
+        rows = self._execute(
+            "SELECT files.path, records.likeness FROM files JOIN records USING (id) "
+            "WHERE records.likeness IS NOT NULL ORDER BY id"
+        )
+        for path, likeness in rows:
+            yield os.fsdecode(path), likeness
+
+    def last(self) -> int:
+        """Return the last place; 0 if there is none."""
+        return int(self._execute("SELECT max(id) FROM records").fetchone()[0] or 0)
+
+
+def _record(blob: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(zlib.decompress(blob))
+    return found

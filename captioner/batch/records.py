@@ -1,0 +1,141 @@
+"""Batch captioning for scripts: an iterator of records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from captioner.batch.command import Batch, load_captioner, local_engine
+from captioner.batch.journal import Journal
+from captioner.batch.run import Run
+from captioner.batch.sources import Missing, Source, find_sources
+from captioner.batch.tables import check_output
+from captioner.console import printable
+
+if TYPE_CHECKING:
+    from captioner.captioner import Captioner
+
+ERRORS = ("record", "skip", "raise")
+
+
+class CaptionError(ValueError):
+    """A file that could not be captioned; one line that names it."""
+
+
+def caption_records(
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    captioner: Captioner | None = None,
+    output: str | os.PathLike[str] | None = None,
+    errors: str = "record",
+    recursive: bool = False,
+    column: str | None = None,
+    min_confidence: float = 0.0,
+    checksum: bool = False,
+    progress: bool = False,
+    batch_size: int = 32,
+    clips: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Caption photos and videos and yield a record for each, in order; memory does not grow with their number.
+
+    Args:
+        inputs: what `captioner.batch.sources.find_sources` takes: files, folders, patterns, tables, archives,
+            addresses.
+        captioner: what captions them; None for the built-in model, loaded when it is needed.
+        output: a table that is written as well, and makes the work resumable as on the command line: what
+            it has already is neither captioned nor yielded again. Its suffix tells the format.
+        errors: what becomes of files that cannot be captioned: ``record`` yields their record, whose
+            ``error`` says why; ``skip`` leaves them out; ``raise`` ends with a `CaptionError`.
+        recursive, column: see `captioner.batch.sources.find_sources`.
+        min_confidence, checksum: with ``output``, see `captioner.batch.run.Run`.
+        progress: show a bar on standard error.
+        batch_size, clips, options: see `captioner.batch.caption_media`.
+
+    Raises:
+        CaptionError: with ``errors="raise"``, after what was captioned is written.
+        ValueError: for impossible options or places.
+        Stopped: with ``output``: the disk is full, or cannot be written.
+    """
+    if errors not in ERRORS:
+        raise ValueError(f"errors must be one of {', '.join(ERRORS)}, not {errors!r}")
+    found = find_sources(inputs, recursive=recursive, column=column)
+    asked = {"batch_size": batch_size, "clips": clips or {}, **options}
+    if output is None:
+        records = _plain(found, captioner, asked)
+    else:
+        place = Path(output)
+        check_output(place)
+        batch = Batch([], output=place, clips=clips or {}, options=options)
+        records = _kept(batch, found, captioner, asked, min_confidence, checksum)
+    return _by_policy(records, errors, progress)
+
+
+def _by_policy(records: Iterator[dict[str, Any]], errors: str, progress: bool) -> Iterator[dict[str, Any]]:
+    from tqdm import tqdm
+
+    with tqdm(records, unit="file", disable=not progress) as shown:
+        for record in shown:
+            if record["error"] is not None and errors == "raise":
+                records.close()  # type: ignore[attr-defined]
+                raise CaptionError(record["error"])
+            if record["error"] is None or errors == "record":
+                yield record
+
+
+def _plain(
+    found: Iterator[Source | Missing], captioner: Captioner | None, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    captioner = captioner or load_captioner(Batch([]))
+    missing: list[Missing] = []
+
+    def sources() -> Iterator[Source]:
+        for item in found:
+            if isinstance(item, Missing):
+                missing.append(item)
+            else:
+                yield item
+
+    for finished in local_engine(captioner, **options)(sources()):
+        yield finished.record
+        yield from (_missing_record(item, captioner) for item in missing)
+        missing.clear()
+    yield from (_missing_record(item, captioner) for item in missing)
+
+
+def _missing_record(missing: Missing, captioner: Captioner) -> dict[str, Any]:
+    from captioner.batch.media import FileResult, to_record
+
+    result = FileResult(missing.path, None, printable(missing.reason))
+    return to_record(result, captioner.header.name, captioner.fingerprint)
+
+
+def _kept(
+    batch: Batch,
+    found: Iterator[Source | Missing],
+    captioner: Captioner | None,
+    options: dict[str, Any],
+    min_confidence: float,
+    use_checksum: bool,
+) -> Iterator[dict[str, Any]]:
+    identity = batch.identity() if captioner is None else batch.identity(captioner.fingerprint)
+    place = batch.place
+    with Journal(place.with_name(f"{place.name}.journal")) as journal:
+        run = Run(
+            journal,
+            identity,
+            output=place,
+            errors=batch.errors,
+            min_confidence=min_confidence,
+            use_checksum=use_checksum,
+        )
+        try:
+            yield from run.run(found, lambda: local_engine(captioner or load_captioner(batch), **options))
+        finally:
+            run.finish()
+        if run.counts.missing:
+            captioner = captioner or load_captioner(batch)
+            for path, reason in run.counts.missing:
+                yield _missing_record(Missing(path, reason), captioner)

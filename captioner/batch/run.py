@@ -1,0 +1,390 @@
+"""A run over many files that can be killed at any moment and goes on where it was.
+
+For each file the order is: its record and what is going to be written beside it are noted in the journal;
+that is written; the tables are appended to; all of it is noted as done. Whatever happens between two of these
+steps, the next run with the same command does the rest, and nothing twice.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from captioner.batch.journal import Done, Entry, Journal, JournalFull
+from captioner.batch.ledger import Ledger
+from captioner.batch.sources import Missing, Source, checksum
+from captioner.files import open_atomically, remove_leftovers
+from captioner.images import ImageError
+from captioner.parallel import ahead
+
+if TYPE_CHECKING:
+    from captioner.batch.beside import Plan
+
+CHUNK = 400
+"""How many files are looked up together."""
+COMMIT_SECONDS = 1.0
+"""How much work a kill may cost, at most, beside what is being captioned."""
+COMMIT_FILES = 256
+
+
+class Beside(Protocol):
+    """What is written beside each file; see `captioner.batch.beside`."""
+
+    def plan(self, path: str, record: Mapping[str, Any], ours: str | None = None) -> Plan:
+        """Say what would be written."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What an engine gives back for a source.
+
+    Attributes:
+        record: see ``docs/records.md``.
+        preview, likeness: see `captioner.batch.journal.Entry`.
+    """
+
+    record: dict[str, Any]
+    preview: bytes | None = None
+    likeness: bytes | None = None
+
+
+Engine = Callable[[Iterator[Source]], Iterator[Finished]]
+"""Captions sources, each once, in any order. It is made when there is something to caption."""
+
+
+class Stopped(Exception):
+    """The run cannot go on; one line that says why. What was captioned is kept."""
+
+
+@dataclass
+class Counts:
+    """How many files a run has seen, and what became of them.
+
+    ``captioned`` now, of which ``doubtful``; ``skipped`` because the journal has them; ``failed``, and the
+    arguments that were ``missing`` something, with the reason; ``written`` beside files, by output; and what
+    is ``kept`` there as it was, with path and reason.
+    """
+
+    captioned: int = 0
+    skipped: int = 0
+    failed: int = 0
+    doubtful: int = 0
+    written: Counter[str] = field(default_factory=Counter)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def seen(self) -> int:
+        """All of them."""
+        return self.captioned + self.skipped + self.failed + len(self.missing)
+
+
+class Run:
+    """Captions sources and keeps journal, tables and what is written beside files in step."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        identity: str,
+        *,
+        output: Path | None = None,
+        errors: Path | None = None,
+        min_confidence: float = 0.0,
+        use_checksum: bool = False,
+        beside: Mapping[str, Beside] | None = None,
+        tick: Callable[[int], object] = lambda files: None,
+    ) -> None:
+        """Begin a run.
+
+        Args:
+            journal: an open journal; the run closes its tables, not the journal.
+            identity: the model and all options that change its captions; files that were captioned by
+                another are captioned anew.
+            output: the table; its suffix tells the format. None if only what is beside files is wanted.
+            errors: where the paths and errors go, as JSON Lines; no such file without errors.
+            min_confidence: captions below it are doubtful: they go to a table of their own beside
+                ``output``, called ``….review…``, and nothing is written beside their files.
+            use_checksum: tell changed files by their content.
+            beside: what is written beside files, by a short name without a comma.
+            tick: called with how many files are done, as often as that changes.
+
+        Raises:
+            TableFormatError: a table's place is taken.
+        """
+        self.journal = journal
+        self.min_confidence, self.use_checksum = min_confidence, use_checksum
+        self.beside = dict(beside or {})
+        self.errors, self.tick = errors, tick
+        self.counts = Counts()
+        self.stopping = False
+        """Set it to let what is in work end, and nothing new begin."""
+        self._identity = journal.identity(identity)
+        self._rule = f"min_confidence {min_confidence}"
+        self.ledgers: list[Ledger] = []
+        if output is not None:
+            self.ledgers.append(Ledger(journal, output, lambda r: not self.is_doubtful(r), self._rule))
+            review = output.with_name(f"{output.stem}.review{output.suffix}")
+            self.ledgers.append(Ledger(journal, review, self.is_doubtful, self._rule, optional=True))
+        if errors is not None:
+            remove_leftovers(errors)
+        journal.commit()
+        self._waiting: list[tuple[Entry, Source]] = []
+        self._in_work: dict[str, tuple[Source, str]] = {}
+        self._late: list[tuple[str, Source, dict[str, Any]]] = []
+        self._committed = time.monotonic()
+
+    def is_doubtful(self, record: Mapping[str, Any]) -> bool:
+        """Tell whether a record belongs into the review table."""
+        return bool(record["caption"]) and record["confidence"] < self.min_confidence
+
+    # ----------------------------------------------------------------------------------------------
+
+    def run(
+        self, found: Iterable[Source | Missing], make_engine: Callable[[], Engine]
+    ) -> Iterator[dict[str, Any]]:
+        """Caption what is found and not done yet, and yield the records that are new.
+
+        Whoever stops early, or is interrupted, loses what is in work. `finish` has to be called at the end.
+
+        Raises:
+            Stopped: the disk is full, or cannot be written.
+        """
+        todo = self._todo(iter(found))
+        try:
+            first = next(todo, None)
+            if first is not None:
+                for finished in make_engine()(chain([first], todo)):
+                    self._take(finished)
+                    yield finished.record
+            self.flush()
+        except (JournalFull, sqlite3.OperationalError, OSError) as error:
+            raise self._stop(error) from None
+
+    def _stop(self, error: Exception) -> Stopped:
+        with suppress(sqlite3.Error):
+            self.journal.roll_back()
+        if isinstance(error, sqlite3.OperationalError):
+            return Stopped(f"{self.journal.path}: {error}")
+        assert isinstance(error, OSError)
+        reason = error.strerror or str(error)
+        return Stopped(f"{error.filename}: {reason}" if error.filename else reason)
+
+    def _todo(self, found: Iterator[Source | Missing]) -> Iterator[Source]:
+        while not self.stopping and (chunk := list(islice(found, CHUNK))):
+            sources = [item for item in chunk if isinstance(item, Source)]
+            self.counts.missing += ((m.path, m.reason) for m in chunk if isinstance(m, Missing))
+            known = self.journal.done([source.path for source in sources])
+            sums = self._checksums(sources)
+            for source, sum_ in zip(sources, sums, strict=True):
+                if self.stopping:
+                    return
+                done = known.get(source.path)
+                if done is not None and self._is_done(source, sum_, done):
+                    self.counts.skipped += 1
+                    continue
+                self._in_work[source.path] = source, sum_
+                yield source
+            self._beside_later()
+            self.tick(self.counts.seen)
+
+    def _checksums(self, sources: list[Source]) -> list[str]:
+        if not self.use_checksum:
+            return [""] * len(sources)
+
+        def sum_of(source: Source) -> str:
+            try:
+                return checksum(source)
+            except ImageError:  # whoever captions it says so
+                return ""
+
+        return list(ahead(sum_of, sources, os.cpu_count() or 1))
+
+    def _is_done(self, source: Source, sum_: str, done: Done) -> bool:
+        """Tell whether a file needs no captioning; what is missing beside it is noted to be written."""
+        if done.failed or done.identity != self._identity:
+            return False
+        as_it_was = (source.size, source.modified) == (done.size, done.modified)
+        same = done.checksum == sum_ if sum_ and done.checksum else as_it_was
+        if same and not (as_it_was and (done.checksum or not sum_)):
+            self.journal.touch(source.path, source.size, source.modified, sum_ or done.checksum)
+        if not same and not self._changed_by_us(source, done):
+            return False
+        written = done.written.split(",")
+        if any(tag(name, output) not in written for name, output in self.beside.items()):
+            record = self.journal.record(done.id)
+            if not self.is_doubtful(record):
+                self._late.append((source.path, source, record))
+        return True
+
+    def _changed_by_us(self, source: Source, done: Done) -> bool:
+        """Tell whether only our writing into the file changed it, and a kill kept us from noting that."""
+        for name, output in self.beside.items():
+            ours = self.journal.planned(source.path, name)
+            if ours is None or tag(name, output) in done.written.split(","):
+                continue
+            plan = output.plan(source.path, self.journal.record(done.id), ours)
+            if plan.target == Path(source.path) and plan.data is None and plan.kept is None:
+                self.journal.touch(source.path, source.size, source.modified, "")
+                return True
+        return False
+
+    def _beside_later(self) -> None:
+        """Write what is missing beside files that were captioned before."""
+        late, self._late = self._late, []
+        if late:
+            self._write_beside(late)
+        self.journal.commit()
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _take(self, finished: Finished) -> None:
+        record = finished.record
+        source, sum_ = self._in_work.pop(record["path"])
+        entry = Entry(
+            record["path"], source.size, source.modified, sum_, record, finished.preview, finished.likeness
+        )
+        if record["error"] is None:
+            self.counts.captioned += 1
+            self.counts.doubtful += self.is_doubtful(record)
+        else:
+            self.counts.failed += 1
+        self._waiting.append((entry, source))
+        self.tick(self.counts.seen)
+        if len(self._waiting) >= COMMIT_FILES or time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring everything that is captioned to the disk.
+
+        Raises:
+            OSError: it could not be written; the journal has what fitted.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            self.journal.commit()
+            self._committed = time.monotonic()
+            return
+        try:
+            self.journal.begin()
+            places = [self.journal.add(entry, self._identity) for entry, _ in waiting]
+            replaces = any(old for _, old in places)
+            for ledger in self.ledgers:
+                ledger.prepare(replaces)
+            self.journal.commit()
+        except OSError:
+            self._waiting = waiting + self._waiting
+            raise
+        self._write_beside(
+            [
+                (entry.path, source, entry.record)
+                for entry, source in waiting
+                if entry.record["caption"] and not self.is_doubtful(entry.record)
+            ]
+        )
+        new = [
+            (place, entry.record) for (place, old), (entry, _) in zip(places, waiting, strict=True) if not old
+        ]
+        for ledger in self.ledgers:
+            ledger.append(new)
+        self.journal.commit()
+        self._committed = time.monotonic()
+
+    def _write_beside(self, items: list[tuple[str, Source, dict[str, Any]]]) -> None:
+        """Plan, note, write, and note again; what a person wrote is kept."""
+        if not self.beside:
+            return
+        for name, output in self.beside.items():
+            # one output after the other: two of them may change the same file
+            plans: list[tuple[str, Source, Plan]] = []
+            self.journal.begin()
+            for path, source, record in items:
+                ours = self.journal.planned(path, name)
+                plan = output.plan(path, record, ours)
+                if ours is not None:
+                    remove_leftovers(plan.target)
+                if plan.kept is not None:
+                    self.counts.kept.append((path, plan.kept))
+                    continue
+                self.journal.plan(path, name, plan.target, plan.digest)
+                plans.append((path, source, plan))
+            self.journal.commit()
+            for path, source, plan in plans:
+                if self._write_plan(path, source, plan):
+                    self.counts.written[name] += plan.data is not None
+                    self.journal.mark(path, name, tag(name, output))
+
+    def _write_plan(self, path: str, source: Source, plan: Plan) -> bool:
+        """Write what was planned; return whether it is there."""
+        try:
+            plan.write()
+        except OSError as error:
+            if is_full(error):
+                raise
+            self.counts.kept.append((path, f"{plan.target}: {error.strerror or error}"))
+            return False
+        if plan.data is not None and source.file is not None and plan.target == Path(source.file):
+            now = os.stat(source.file)
+            sum_ = checksum(source) if self.use_checksum else ""
+            self.journal.touch(path, now.st_size, now.st_mtime_ns, sum_)
+        return True
+
+    def finish(self) -> None:
+        """Flush, bring all tables up to date, and write the file of errors.
+
+        Raises:
+            Stopped: the disk is full, or cannot be written.
+            TableFormatError: the format cannot hold these records.
+        """
+        try:
+            self.flush()
+            for ledger in self.ledgers:
+                if not ledger.complete:
+                    ledger.finish()
+            self.journal.commit()
+            self._write_errors()
+        except (JournalFull, sqlite3.OperationalError, OSError) as error:
+            raise self._stop(error) from None
+        finally:
+            for ledger in self.ledgers:
+                ledger.close()
+
+    def failures(self) -> Iterator[tuple[str, str]]:
+        """Yield path and reason of all in the journal that has no caption, and of what was missing."""
+        yield from ((record["path"], record["error"]) for record in self.journal.failures())
+        yield from self.counts.missing
+
+    def _write_errors(self) -> None:
+        from captioner.batch.tables import to_json
+
+        if self.errors is None:
+            return
+        failures = self.failures()
+        first = next(failures, None)
+        if first is None:
+            self.errors.unlink(missing_ok=True)
+            return
+        with open_atomically(self.errors) as file:
+            for path, error in chain([first], failures):
+                file.write(f"{to_json({'path': path, 'error': error})}\n".encode())
+
+
+def tag(name: str, output: Beside) -> str:
+    """Return what the journal calls an output, its options included."""
+    return f"{name}:{zlib.crc32(repr(sorted(vars(output).items())).encode()):08x}"
+
+
+def is_full(error: OSError) -> bool:
+    """Tell whether a disk, or somebody's share of it, is full."""
+    import errno
+
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from captioner import files
+from captioner.files import remove_leftovers, write_atomically
+
+
+def test_writing_replaces_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    write_atomically(path, b"one")
+    with path.open("rb") as reader:
+        write_atomically(path, b"two, longer")
+        assert reader.read() == b"one"  # whoever has it open keeps the old one
+    assert path.read_bytes() == b"two, longer"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(tmp_path / "missing" / "state.pt", b"x")
+    assert caught.value.filename == str(tmp_path / "missing" / "state.pt")
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(path, b"new")
+    assert caught.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+    assert path.read_text() == "old"
+
+
+def test_a_file_like_another_keeps_permissions_and_perhaps_its_time(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    path.chmod(0o640)
+    os.utime(path, ns=(5, 1_234_567_890_123_456_789))
+    write_atomically(path, b"new", like=path, keep_time=True)
+    assert path.stat().st_mtime_ns == 1_234_567_890_123_456_789
+    assert path.stat().st_mode & 0o777 == 0o640
+    write_atomically(path, b"newer", like=path)
+    assert path.stat().st_mtime_ns > 1_500_000_000_000_000_000
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_names_may_be_as_long_as_the_disk_allows(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 125 + ".txt")
+    write_atomically(path, b"x")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_leaves_is_found_and_removed(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    kill = (
+        "import os, sys, captioner.files as f\n"
+        "f.os.fsync = lambda handle: os.kill(os.getpid(), 9)\n"
+        "f.write_atomically(f.Path(sys.argv[1]), b'new')"
+    )
+    assert subprocess.run([sys.executable, "-c", kill, str(path)]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    mine = tmp_path / ".x.txt.original"  # somebody's own, with a name that is nearly one of ours
+    mine.write_text("keep")
+    remove_leftovers(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.txt.original", "x.txt"]
+    assert path.read_text() == "old"
+
+
+def test_it_brings_no_torch() -> None:
+    code = "import sys, captioner.files, captioner.checkpoint as c; print(c.write_atomically is captioner.files.write_atomically)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
+    code = "import sys, captioner.files; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
