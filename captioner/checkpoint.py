@@ -23,7 +23,7 @@ from captioner.decoder import DecoderConfig
 from captioner.encoder import Encoder, EncoderError
 from captioner.files import write_atomically
 from captioner.frame_encoder import FrameConfig
-from captioner.images import Preprocess
+from captioner.images import Preprocess, one_line
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
 
@@ -34,6 +34,9 @@ _TIED = "decoder.output.weight"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; one line that names the file, what was expected and what found."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -248,11 +251,22 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
             text = (file.metadata() or {}).get(_KEY)
             if text is None:
                 raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of captioner")
+            if len(text) > _LONGEST or len(file.keys()) > _MOST_TENSORS:
+                raise CheckpointError(
+                    f"{path}: its header cannot be used: {len(text)} characters and {len(file.keys())} tensors"
+                    f" are described; at most {_LONGEST} and {_MOST_TENSORS} can be"
+                )
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: no such checkpoint") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {_line(error.strerror or error)}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that cannot be
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be read: {_line(getattr(error, 'strerror', None) or error)}"
+        ) from None
+    except (RuntimeError, OverflowError, MemoryError) as error:  # torch's, of shapes that cannot be
+        raise CheckpointError(f"{path}: damaged: {_line(error)}") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged, or not a .safetensors file ({_line(error)})") from None
     try:
@@ -294,6 +308,8 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     return header, stored
 
 
+_LONGEST, _MOST_TENSORS = 2**24, 10_000
+"""Characters and tensors: with more, the description takes far more memory than the weights."""
 _HEADER: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
     "name": (str,),

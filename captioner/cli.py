@@ -278,6 +278,14 @@ def caption(
         list[str] | None,
         typer.Option(help="A word or phrase that has to appear; may be repeated.", metavar="TEXT"),
     ] = None,
+    avoid: Annotated[
+        list[str] | None,
+        typer.Option(help="A word or phrase that must not appear; may be repeated.", metavar="TEXT"),
+    ] = None,
+    neutral: Annotated[
+        bool,
+        typer.Option("--neutral", help="Say person, child, they in place of man, girl, she and the like."),
+    ] = False,
     region: Annotated[
         str,
         typer.Option(
@@ -471,6 +479,7 @@ def caption(
             fail(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     options: dict[str, Any] = {k: v for k, v in chosen.items() if v is not None}
     options.update(n_best=n_best, sample=sample, prefix=prefix, must=must or [], seed=seed)
+    options.update(avoid=avoid or [], neutral=neutral)
     options["region"] = _box(region)
     clips = _clip_options(every, segment, start, end)
     batch = {
@@ -725,6 +734,62 @@ def _find(paths: list[str], recursive: bool) -> tuple[list[str], list[tuple[str,
         except ImageError as error:
             missing[path] = str(error)
     return list(files.values()), list(missing.items())
+
+
+# --------------------------------------------------------------------------------------------------
+# apply
+
+
+@app.command()
+def apply(
+    table: Annotated[Path, typer.Argument(help="CSV, JSON Lines or Parquet.", metavar="TABLE")],
+    sidecars: Annotated[
+        bool, typer.Option("--sidecars", help="Write photos/x.txt for photos/x.jpg. [default]")
+    ] = False,
+    alt_text: Annotated[
+        bool, typer.Option("--alt-text", help="Write into the photos' metadata as alt text.")
+    ] = False,
+    existing: Annotated[
+        Existing,
+        typer.Option(help="Sidecars that a person wrote: keep, overwrite, append or prepend.", metavar="HOW"),
+    ] = Existing.keep,
+    before: Annotated[
+        str,
+        typer.Option(
+            help="Put this in front of every caption, as it is.", metavar="TEXT", show_default=False
+        ),
+    ] = "",
+    after: Annotated[str, typer.Option(help="Put this behind it.", metavar="TEXT", show_default=False)] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of the run that wrote the table. [default: TABLE.journal, if there is one]", metavar="FILE"
+        ),
+    ] = None,
+) -> None:
+    """Write the captions of an edited table to sidecars or metadata.
+
+    TABLE is what captioner caption --output wrote, after a person has edited its caption column. What
+    captioner wrote beside the files is replaced; what a person wrote there is kept.
+
+    Exit code: 0; 1 if a file is missing or could not be written (each gets a line); 2 if nothing could be
+    done.
+    """
+    with mistakes():
+        from captioner.batch.command import apply as run
+
+        code = run(
+            table,
+            sidecars=sidecars,
+            alt_text=alt_text,
+            existing=existing.value,
+            before=before,
+            after=after,
+            dry_run=dry_run,
+            journal=journal,
+        )
+    raise typer.Exit(code)
 
 
 # --------------------------------------------------------------------------------------------------

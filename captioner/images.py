@@ -3,7 +3,8 @@
 Pillow decodes, but `PIL.Image.open` is not used for what users give: its pixel limit is a process-wide
 setting that warns on standard error, and it tries every plugin (PostScript among them) on unknown bytes.
 Here the magic bytes choose one decoder from a short list, and `MAX_PIXELS` is checked before any pixel
-is decoded. Nothing in this module changes state outside it, so all of it may be called from many threads.
+is decoded. All of this may be called from many threads. Nothing changes state outside this module, but one
+thing: the first TIFF stops libtiff from writing to standard error.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         _require(_is_int(self.size) and self.size > 0, "size", "a whole number above 0", self.size)
+        _require(self.size <= _LARGEST_SIZE, "size", f"at most {_LARGEST_SIZE}", self.size)
         _require(self.fit in _FITS, "fit", f"one of {', '.join(_FITS)}", self.fit)
         _require(_is_rgb(self.mean), "mean", "three numbers on the scale 0 to 255", self.mean)
         _require(_is_rgb(self.std) and min(self.std) > 0, "std", "three numbers above 0", self.std)
@@ -137,6 +139,7 @@ class Preprocess:
                 f"null or a whole number of at least size={self.size}",
                 self.resize,
             )
+            _require(self.resize <= 2 * _LARGEST_SIZE, "resize", f"at most {2 * _LARGEST_SIZE}", self.resize)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for JSON."""
@@ -172,6 +175,18 @@ class Preprocess:
                 _require(_is_rgb(values[key]), key, "three numbers", values[key])
                 values[key] = tuple(float(value) for value in values[key])
         return cls(**values)
+
+
+_LARGEST_SIZE = 2048
+"""A checkpoint can ask for any size, and its pictures then take as much memory."""
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    """Return a message as one line that any terminal can print, cut in the middle if it is very long."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _require(condition: bool, key: str, expected: str, found: object) -> None:
@@ -688,6 +703,7 @@ def _identify(stream: IO[bytes], suffix: str, name: str) -> Image.Image:
         return _Jpeg(stream)
     if kind == "tiff":
         _check_tiff(stream, name)
+        _quiet_libtiff()
         return _Tiff(stream)
     if kind == "gif":
         _check_gif(stream, name)
@@ -732,6 +748,18 @@ class _Patient:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@functools.cache
+def _quiet_libtiff() -> None:
+    """Let libtiff not write of damage to standard error; Pillow says it in its error."""
+    import ctypes
+
+    with contextlib.suppress(Exception):  # built otherwise: then it writes
+        package = Path(Image.__file__).parent
+        for place in (package.parent / "pillow.libs", package / ".dylibs"):
+            for library in place.glob("libtiff*"):
+                ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
 
 
 def _check_tiff(stream: IO[bytes], name: str) -> None:

@@ -60,7 +60,7 @@ NEUTRAL: Mapping[str, tuple[str, ...]] = {
 Names of things (snowman), of figures (superman) and titles (queen) are not among them, nor animals (cow).
 """
 
-TWICE = ("person and a person", "child and a child", "parent and a parent")
+TWICE = tuple(f"{one} and{a}{one}" for one in ("person", "child", "parent") for a in (" ", " a "))
 """What nobody says who means two people, and what "a man and a woman" would become."""
 
 

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from captioner.caption import join_words
 
+LONGEST = 200
+"""Characters in one entry of a vocabulary."""
 PAD, START, END, UNKNOWN = 0, 1, 2, 3
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 
@@ -111,8 +113,9 @@ class BpeTokenizer:
         """Take the library's own JSON.
 
         Raises:
-            ValueError: if the library is missing, or the JSON is not a tokenizer with our special tokens.
+            ValueError: if the library is missing, or the JSON is not a tokenizer as `build` makes them.
         """
+        _check_bpe(model)
         library = _tokenizers()
         try:
             self._model = library.Tokenizer.from_str(model)
@@ -166,6 +169,37 @@ class BpeTokenizer:
 _MARK = "▁"
 
 
+def _check_bpe(text: str) -> None:
+    """Refuse what `BpeTokenizer.build` does not make.
+
+    The library's JSON can ask for far more than a vocabulary: regular expressions, padding to any length,
+    ids of any size. Some of that ends the process before there is an error to catch.
+    """
+    try:
+        data = json.loads(text)
+        model, splitter, vocabulary = data["model"], data["pre_tokenizer"], data["model"]["vocab"]
+        merges = model.get("merges", [])
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+        sound = (
+            model["type"] == "BPE"
+            and splitter["type"] == "Metaspace"
+            and all(
+                data.get(key) is None
+                for key in ("normalizer", "post_processor", "decoder", "truncation", "padding")
+            )
+            and not any(model.get(key) for key in ("dropout", "byte_fallback"))
+            and all(isinstance(word, str) and len(word) <= LONGEST for word in vocabulary)
+            and all(isinstance(token, int) for token in vocabulary.values())
+            and sorted(vocabulary.values()) == list(range(len(vocabulary)))
+            and all(len(m) == 2 and {*m, "".join(m)} <= vocabulary.keys() for m in merges)
+            and all(vocabulary.get(added["content"]) == added["id"] for added in data["added_tokens"])
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError("the BPE tokenizer is not one that captioner made")
+
+
 def _tokenizers() -> Any:
     if importlib.util.find_spec("tokenizers") is None:
         raise ValueError('BPE needs the tokenizers library: pip install "captioner[bpe]"')
@@ -184,6 +218,8 @@ def from_dict(data: dict[str, Any]) -> Tokenizer:
     if kind == "word" and isinstance(data.get("vocabulary"), list):
         if not all(isinstance(word, str) for word in data["vocabulary"]):
             raise ValueError("the vocabulary holds something that is not a word")
+        if any(len(word) > LONGEST for word in data["vocabulary"]):
+            raise ValueError(f"the vocabulary holds a word of more than {LONGEST} letters")
         return WordTokenizer(data["vocabulary"])
     if kind == "bpe" and isinstance(data.get("model"), dict):
         return BpeTokenizer(json.dumps(data["model"]))

@@ -463,6 +463,8 @@ def _open(path: VideoPath) -> _Source:
             return source
         if kind in _NO_VIDEO:
             raise VideoError(f"{name}: this is {_NO_VIDEO[kind]}")
+        if _hollow(stream):
+            raise _Truncated(f"{name}: nearly all of the file is zeros; copy or download it again")
         container = _inspect(stream, kind)
     if container.video is False:
         what = "there is sound, but no pictures in it" if container.audio else "there are no pictures in it"
@@ -506,14 +508,20 @@ class _Capture:
     def __init__(self, path: str, container: _Container, name: str) -> None:
         cv2 = _opencv(name)
         self.name, self.container, self._cv2 = name, container, cv2
+        self._last: float | None = None
         try:
             path.encode()
         except UnicodeEncodeError as error:  # OpenCV would crash
             raise VideoError(
                 f"{name}: OpenCV cannot open this name, which is not UTF-8; rename it"
             ) from error
-        self._capture = cv2.VideoCapture(path, _backend(cv2))
+        backend, begun = _backend(cv2), time.monotonic()
+        limit = _SILENCE * 1000
+        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, limit, cv2.CAP_PROP_READ_TIMEOUT_MSEC, limit]
+        self._capture = cv2.VideoCapture(path, backend, limits if backend == cv2.CAP_FFMPEG else [])
         if not self._capture.isOpened():
+            if time.monotonic() - begun > 0.9 * _SILENCE:
+                raise self._silent()
             raise self._refused()
         width, height = (
             int(self._capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
@@ -531,7 +539,6 @@ class _Capture:
         length = count / self.rate if self.rate is not None else 0.0
         self.duration = length if 0 < length < 1e6 else None
         self._shape: tuple[int, ...] | None = None
-        self._last: float | None = None
         self._reached: float | None = None
 
     @property
@@ -542,7 +549,10 @@ class _Capture:
         if self._reached is not None:
             reached, self._reached = self._reached, None
             return reached
+        begun = time.monotonic()
         if not _grab(self._capture):
+            if time.monotonic() - begun > 0.9 * _SILENCE:
+                raise self._silent()
             if self.container.cut and self._last is not None:
                 raise _Truncated(
                     f"{self.name}: the file is truncated; nothing could be read after {self._last:.2f} s;"
@@ -585,6 +595,12 @@ class _Capture:
 
     def close(self) -> None:
         self._capture.release()
+
+    def _silent(self) -> VideoError:
+        where = "" if self._last is None else f" after {self._last:.2f} s"
+        return _Truncated(
+            f"{self.name}: no frame was found{where} in {_SILENCE} s of looking; copy or download it again"
+        )
 
     def _refused(self) -> VideoError:
         container = self.container
@@ -721,6 +737,8 @@ def _grab(capture: Any) -> bool:
     return False
 
 
+_SILENCE = 8
+"""Seconds without a frame after which a file is given up: what is damaged is searched to its end otherwise."""
 _ATTEMPTS = 300
 """Damaged packets in a row that do not end a video. At its end this many take milliseconds."""
 
@@ -847,6 +865,18 @@ def _is_utf8(head: bytes) -> bool:
         head.decode()
     except UnicodeDecodeError as error:
         return error.start >= len(head) - 3 and len(head) == _HEAD  # a character cut at the end
+    return True
+
+
+def _hollow(stream: IO[bytes]) -> bool:
+    """Tell whether a large file was never filled; FFmpeg would search gigabytes of zeros for frames."""
+    size = stream.seek(0, os.SEEK_END)
+    if size < 2**26:
+        return False
+    for number in range(4, 20):
+        stream.seek(size * number // 20)
+        if any(stream.read(4096)):
+            return False
     return True
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from captioner.batch.media import (
         DEFAULT_BATCH,
-        LISTED,
         ClipResult,
         FileResult,
         caption_files,
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
         to_record,
     )
     from captioner.batch.records import CaptionError, caption_records
+    from captioner.batch.sources import LISTED
 
 __all__ = [
     "DEFAULT_BATCH",
@@ -35,7 +35,10 @@ __all__ = [
 ]
 
 # imported when they are first used: to find that nothing is left to do takes no torch
-_HOMES = {**dict.fromkeys(__all__, "media"), "CaptionError": "records", "caption_records": "records"}
+_HOMES = {
+    **dict.fromkeys(__all__, "media"),
+    **{"CaptionError": "records", "LISTED": "sources", "caption_records": "records"},
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,10 @@
-"""What is there twice: pictures that look alike, found by perceptual hashes, and captions said more than once.
+"""What is there twice: pictures that look alike, by perceptual hashes, and captions said more than once.
 
-A hash is two of ImageHash's: pHash says which of a picture's 64 coarsest waves are stronger than their median,
-dHash which of 8 × 8 places are brighter than their neighbours to the left. Resizing, compressing and
-brightening leave nearly all of these bits, and so does cutting off a few pixels; other pictures differ in about
-half of them. pHash finds, dHash throws out what agrees by chance. Neither sees colour: a copy in black and white
-is found. Copies that are mirrored or turned are not, and of those cropped by 5 % half are missed.
+A hash is two of ImageHash's: pHash says which of a picture's 64 coarsest waves are stronger than their
+median, dHash which of 8 × 8 places are brighter than their neighbours to the left. Resizing, compressing and
+brightening leave nearly all of these bits, and so does cutting off a few pixels; other pictures differ in
+about half of them. pHash finds, dHash throws out what agrees by chance. Neither sees colour: a copy in black
+and white is found. Copies that are mirrored or turned are not, and of those cropped by 5 % half are missed.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def _components(values: np.ndarray, distance: int) -> np.ndarray:
 def _near(values: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the pairs of ``(N, 2)`` hashes that look alike, some more than once.
 
-    Of four bands of 16 bits, one at least differs in a quarter of the bits or fewer. So it is enough to compare
-    those that agree in a band up to a few flipped bits (multi-index hashing).
+    Of four bands of 16 bits, one at least differs in a quarter of the bits or fewer. So it is enough to
+    compare those that agree in a band up to a few flipped bits (multi-index hashing).
     """
     waves, places = np.ascontiguousarray(values.T)
     bits = np.unpackbits(waves.astype(">u8").view(np.uint8).reshape(-1, 8), axis=1)

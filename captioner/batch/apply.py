@@ -318,11 +318,20 @@ def run_apply(
     if alt_text and (existing != "keep" or before or after) and not sidecars:
         raise ApplyError("--existing, --before and --after are for --sidecars")
     outputs = (["sidecars"] if sidecars or not alt_text else []) + (["alt-text"] if alt_text else [])
+    words = {"existing": existing, "before": before, "after": after}
+    running = [
+        (
+            to,
+            apply_table(
+                table, to=to, ours=ours, note=note, dry_run=dry_run, **(words if to == "sidecars" else {})
+            ),
+        )
+        for to in outputs
+    ]  # all are checked before the first writes anything
     failed = False
-    for to in outputs:
-        options = {"existing": existing, "before": before, "after": after} if to == "sidecars" else {}
+    for to, found in running:
         counts = dict.fromkeys(("written", "same", "kept", "missing", "error"), 0)
-        for applied in apply_table(table, to=to, ours=ours, note=note, dry_run=dry_run, **options):  # type: ignore[arg-type]
+        for applied in found:
             counts[applied.what] += 1
             if applied.reason is not None and counts[applied.what] <= SHOWN:
                 say(applied.reason)

@@ -162,7 +162,8 @@ def _read(
     with _errors(name):
         tape = _Tape(stream)
         archive = tarfile.open(fileobj=tape, mode="r:", encoding="utf-8")  # type: ignore[call-overload]  # noqa: SIM115
-    while True:
+    empty = len(tape.last) == tarfile.BLOCKSIZE and not any(tape.last)  # which Python 3.10 stumbles over
+    while not empty:
         with _errors(name):
             found = archive.next()
         archive.members.clear()  # it would keep them all

@@ -121,6 +121,10 @@ def run_batch(batch: Batch) -> int:
         check_output(batch.output)
     if batch.report is not None:
         _check_report(batch.report)
+    if batch.watch:
+        for path in batch.paths:
+            if not os.path.isdir(path):
+                fail(f"{path}: --watch watches folders; give the folder that the files arrive in")
     beside = _beside(batch)
     found = _checked(batch) if batch.sidecars or _is_coco(batch) else None
     place = batch.place
@@ -144,7 +148,7 @@ def run_batch(batch: Batch) -> int:
                 say(f"stopped: {stop}; what was captioned is kept, and the same command goes on")
                 code = STOPPED
             except KeyboardInterrupt:
-                run.stopping = True
+                run.stop.set()
             try:
                 run.finish()
                 if batch.report is not None:
@@ -156,7 +160,9 @@ def run_batch(batch: Batch) -> int:
         _summarise(batch, run)
         if code:
             return code
-        if run.stopping and not batch.watch:
+        if batch.watch:  # which only a signal ends
+            return TERMINATED if signal.SIGTERM in signalled else _code(batch, run.counts)
+        if run.stopping:
             say("interrupted; the same command goes on where it was")
             return TERMINATED if signal.SIGTERM in signalled else INTERRUPTED
         return _code(batch, run.counts)
@@ -226,7 +232,7 @@ def _signals(run: Run) -> Iterator[list[int]]:
         if run.stopping:
             raise KeyboardInterrupt
         signalled.append(number)
-        run.stopping = True
+        run.stop.set()
         say("finishing what is in work; once more stops at once")
 
     if threading.current_thread() is not threading.main_thread():
@@ -243,14 +249,23 @@ def _signals(run: Run) -> Iterator[list[int]]:
 # ----------------------------------------------------------------------------------------------
 
 
-def _caption(batch: Batch, run: Run, found: Sequence[Source | Missing] | None) -> None:
+def _caption(
+    batch: Batch,
+    run: Run,
+    found: Sequence[Source | Missing] | None,
+    load: Callable[[], Captioner] | None = None,
+) -> None:
     from captioner.outputs import Progress
+
+    load = load or (lambda: load_captioner(batch))
 
     with Progress(None if found is None else len(found), dict(batch.clips)) as progress:
         run.tick = progress.reach
         if found is None and progress.shown and "-" not in batch.paths:
             threading.Thread(target=_count, args=(batch, progress), daemon=True).start()
-        records = run.run(batch.find() if found is None else found, lambda: make_engine(batch, run, progress))
+        records = run.run(
+            batch.find() if found is None else found, lambda: make_engine(batch, run, progress, load)
+        )
         for record in records:
             if record["error"] is not None:
                 progress.say(record["error"])
@@ -264,7 +279,7 @@ def _count(batch: Batch, progress: Progress) -> None:
         return
 
 
-def make_engine(batch: Batch, run: Run, progress: Progress) -> Engine:
+def make_engine(batch: Batch, run: Run, progress: Progress, load: Callable[[], Captioner]) -> Engine:
     """Return what captions: this machine, or Ray."""
     options = dict(batch.options)
     if options.get("sample"):
@@ -272,7 +287,7 @@ def make_engine(batch: Batch, run: Run, progress: Progress) -> Engine:
     look = look_closely if batch.report is not None else None
     if batch.ray:
         return _ray_engine(batch, options, look)
-    captioner = load_captioner(batch)
+    captioner = load()
 
     def report(path: str, seconds: float) -> None:
         if run.stopping:  # a clip may take hours; what is captioned of it is kept
@@ -355,7 +370,19 @@ def look_closely(pixels: Any, fit: Any, caption: Any) -> tuple[bytes, bytes | No
 
 
 def _watch(batch: Batch, run: Run) -> None:
-    raise NotImplementedError
+    """Go on as files arrive."""
+    from captioner.batch.watch import watch
+
+    kept: list[Captioner] = []
+
+    def load() -> Captioner:
+        if not kept:
+            kept.append(load_captioner(batch))
+        return kept[0]
+
+    say(f"watching {', '.join(batch.paths)}; Ctrl-C ends it")
+    for paths in watch(batch.paths, batch.recursive, ignore=run.knows, stop=run.stop):
+        _caption(batch, run, list(find_sources(paths)), load)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -414,7 +441,7 @@ def _summarise(batch: Batch, run: Run) -> None:
             say(f"{ledger.path} had been edited; that is now {ledger.moved}")
     for name, count in counts.written.items():
         if count:
-            say(f"{_WRITTEN[name]} of {_files(count)}")
+            say(f"wrote {_WRITTEN[name]} {_files(count)}")
     if counts.kept:
         for path, reason in counts.kept[:SHOWN]:
             say(f"{path}: {reason}" if not reason.startswith(path) else reason)
@@ -428,7 +455,7 @@ def _summarise(batch: Batch, run: Run) -> None:
 
 _WRITTEN = {
     "sidecar": "text files beside",
-    "alt-text": "alt text in",
+    "alt-text": "alt text into",
     "srt": "subtitles (.srt) beside",
     "vtt": "subtitles (.vtt) beside",
 }
@@ -436,3 +463,33 @@ _WRITTEN = {
 
 def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count:,} files"
+
+
+def apply(
+    table: Path,
+    *,
+    sidecars: bool,
+    alt_text: bool,
+    existing: str,
+    before: str,
+    after: str,
+    dry_run: bool,
+    journal: Path | None,
+) -> int:
+    """Write the captions of an edited table; return the exit code. See `captioner.batch.apply.run_apply`."""
+    from captioner.batch.apply import run_apply
+
+    wish: dict[str, Any] = {"sidecars": sidecars, "alt_text": alt_text, "existing": existing}
+    wish.update(before=before, after=after, dry_run=dry_run)
+    place = journal or table.with_name(f"{table.name}.journal")
+    if not place.exists():
+        if journal is not None:
+            fail(f"--journal {journal}: there is no such file")
+        return run_apply(table, **wish)
+    with Journal(place) as noted:
+
+        def note(path: str, output: str, target: Path, digest: str) -> None:
+            noted.plan(path, output, target, digest)
+            noted.commit()  # before it is written
+
+        return run_apply(table, ours=noted.planned, note=note, **wish)

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 VERSION = 1
 
@@ -41,8 +41,7 @@ class JournalFull(OSError):
     """The journal could not be written; what was noted before is kept."""
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """What the journal knows of a file.
 
     Attributes:
@@ -193,16 +192,21 @@ class Journal:
             row = self._execute("SELECT id FROM identities WHERE text = ?", (text,)).fetchone()
         return int(row[0])
 
-    def done(self, paths: Sequence[str]) -> dict[str, Done]:
-        """Return what is known of files, by path; unknown ones are not in it."""
-        keys = [os.fsencode(path) for path in paths]
+    def identities(self) -> list[str]:
+        """Return all that files here were captioned by, first first."""
+        return [text for (text,) in self._execute("SELECT text FROM identities ORDER BY id")]
+
+    def done(self, paths: Sequence[str]) -> list[Done | None]:
+        """Return what is known of files, None of those that are new."""
+        keys = [path.encode("utf-8", "surrogateescape") for path in paths]
         marks = ",".join("?" * len(keys))
         rows = self._execute(
             "SELECT path, id, size, modified, checksum, identity, failed, written FROM files "
             f"WHERE path IN ({marks})",
             keys,
         )
-        return {os.fsdecode(path): Done(*rest) for path, *rest in rows}
+        found = {row[0]: row for row in rows}
+        return [None if (row := found.get(key)) is None else Done._make(row[1:]) for key in keys]
 
     def add(self, entry: Entry, identity: int) -> tuple[int, bool]:
         """Note a file and its record; return its place, and whether it had one already."""

@@ -14,11 +14,11 @@ from typing import Any, Union
 import numpy as np
 import torch
 
-from captioner.batch.sources import Source, local
+from captioner.batch.sources import LISTED, Source, local
 from captioner.caption import SCHEMA_VERSION, Caption, Segment, VideoCaption, clock
 from captioner.captioner import Captioner
 from captioner.encoder import region_shares
-from captioner.images import PHOTO_SUFFIXES, Fit, ImageError, find_images, load
+from captioner.images import Fit, ImageError, find_images, load
 from captioner.parallel import ahead
 from captioner.video import VIDEO_SUFFIXES, VideoError, is_video
 
@@ -27,10 +27,6 @@ DEFAULT_BATCH = 32
 Given = Union[str, "PathLike[str]", Source]
 """What can be captioned: a file's path, or a source."""
 Seed = int | Callable[[str], int]
-
-LISTED = PHOTO_SUFFIXES | VIDEO_SUFFIXES - {".ts"}
-"""Lower-case suffixes of what `find_files` takes from a folder; a .ts there is TypeScript more often."""
-
 
 Look = Callable[[np.ndarray, Fit, Caption], Any]
 """Called with a photo's square ``(3, size, size)`` uint8, its fit and its caption, in a worker's thread."""

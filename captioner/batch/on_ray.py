@@ -21,6 +21,7 @@ import socket
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ def caption_on_ray(
         CheckpointError: the checkpoint cannot be used.
         ValueError: for impossible options, with the first record asked for.
     """
-    ray = _import_ray()
+    ray = import_ray()
     address = address or os.environ.get("RAY_ADDRESS") or None
     _check_address(address)
     file = Path(model) if model is not None else BUILT_IN
@@ -119,7 +120,12 @@ def caption_on_ray(
         yield from _Run(ray, chunks, setup, room).records()
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """Import Ray Data so that it reports to nobody and prints nothing.
+
+    Raises:
+        ClusterError: it is not installed.
+    """
     # read when ray is imported, and inherited by its workers
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -358,20 +364,21 @@ class Worker:
         try:
             chunk: Chunk = pickle.loads(pickled)
             if not before:
-                return self._caption(chunk)
+                return self.caption(chunk)
             records = []
             for index, item in enumerate(chunk):
                 if index in deadly:
                     records.append(self._refuse(item[1]))
                 else:
                     ray.get(self.desk.begin.remote(number, index))
-                    records += self._caption([item])
+                    records += self.caption([item])
                     ray.get(self.desk.end.remote(number, index))
             return records
         except (ValueError, ImportError) as error:
             return str(error)
 
-    def _caption(self, chunk: Chunk) -> list[Record]:
+    def caption(self, chunk: Chunk) -> list[Record]:
+        """Return the records of a chunk's sources, in order."""
         from captioner.batch.media import caption_media
 
         options = self.setup["options"]
@@ -505,7 +512,9 @@ def _stream(
             facts = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
             return [ReadTask(lambda: _numbers(desk), facts)]
 
-    context = DataContext.get_current().copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of settings that it copies
+        context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # every row goes on at once, instead of waiting for 128 MiB of them
     context.execution_no_progress_timeout_s = -1  # a long video, or a cluster that has no room yet

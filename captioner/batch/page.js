@@ -309,7 +309,6 @@
       card.querySelector(".sure").textContent = Math.round(100 * row.sure) + " %";
     }
     badge(card.querySelector(".alike"), groups.get(row.group)?.length, (n) => n + " alike", "look like this one");
-    badge(card.querySelector(".again"), said.get(row.caption)?.length, (n) => "×" + n, "have this caption");
     caption(card);
     return card;
   }
@@ -328,6 +327,7 @@
     card.classList.toggle("marked", flagged(row));
     card.querySelector(".flag").setAttribute("aria-pressed", String(flagged(row)));
     card.querySelector(".restore").hidden = !changed;
+    badge(card.querySelector(".again"), changed ? 0 : said.get(row.caption)?.length, (n) => "×" + n, "have this caption");
     box.textContent = "";
     if (changed || !row.parts.length) {
       box.append(current(row));
@@ -540,7 +540,9 @@
   let timer = 0;
   $("search").addEventListener("input", () => {
     clearTimeout(timer);
+    sheet.ariaBusy = "true";
     timer = setTimeout(() => {
+      sheet.ariaBusy = "false";
       state.terms = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
       filter();
     }, rows.length > 3000 ? 120 : 0);

@@ -1,9 +1,9 @@
 """A contact sheet of a run: one HTML file for looking over thousands of captions.
 
-It shows every picture small with its caption, sorts and filters them, and shows attention over a picture that
-is pointed at. Nothing is fetched, and a content security policy forbids it. A row's picture and attention are
-made when the file is captioned (`preview`) and kept as a few kilobytes; the page is written at the end, row by
-row.
+It shows every picture small with its caption, sorts and filters them, and shows attention over a picture
+that is pointed at. Nothing is fetched, and a content security policy forbids it. A row's picture and
+attention are made when the file is captioned (`preview`) and kept as a few kilobytes; the page is written at
+the end, row by row.
 """
 
 from __future__ import annotations
@@ -75,9 +75,8 @@ def preview(
     shrunk = SIDE / max(width, height)
     size = max(1, round(width * shrunk)), max(1, round(height * shrunk))
     file = io.BytesIO()
-    picture.resize(size, Image.Resampling.BOX if size[0] * 2 <= picture.width else Image.Resampling.BICUBIC).save(
-        file, "WEBP", quality=_QUALITY, method=2
-    )
+    resample = Image.Resampling.BOX if 2 * min(size) <= min(picture.size) else Image.Resampling.BICUBIC
+    picture.resize(size, resample).save(file, "WEBP", quality=_QUALITY, method=2)
     maps, tops = _maps(caption, frame)
     box = (
         (left - shown[0]) / width,
@@ -90,7 +89,7 @@ def preview(
 
 
 def _maps(caption: Caption | None, frame: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return ``(1 + words, H, W)`` uint8 heat, that of the mean first, and where the two colour scales end."""
+    """Return ``(1 + words, H, W)`` uint8 heat, the mean's first, and where their two colour scales end."""
     from captioner.overlay import scale
 
     attention = None if caption is None or not caption.words else caption.attention
@@ -121,7 +120,7 @@ class Frames:
         self._lock = threading.Lock()
 
     def add(self, time: float, pixels: np.ndarray, fit: Fit) -> None:
-        """Take a frame, ``(3, S, S)`` uint8, or leave it: memory does not grow. Threads may add in any order."""
+        """Take a frame, ``(3, S, S)`` uint8, or leave it; from any thread, in any order."""
         with self._lock:
             if self._count % self._stride == 0:
                 self._kept.append((time, self._count, pixels, fit))
@@ -148,7 +147,7 @@ class Frames:
         for segment in clip.segments:
             if len(segment.times) and segment.start - 1e-3 <= chosen[0] < segment.end + 1e-3:
                 index = int(np.argmin(np.abs(segment.times - chosen[0])))
-                if abs(float(segment.times[index]) - chosen[0]) < 1e-3:
+                if abs(float(segment.times[index]) - chosen[0]) < 5e-3:  # they are float32
                     return Middle(chosen[2], chosen[3], segment.caption, index, words)
             words += len(segment.caption.words)
         return Middle(chosen[2], chosen[3], None, 0, 0)
@@ -259,7 +258,7 @@ def _frame(path: Path, title: str, doubtful: float) -> tuple[str, str]:
     from captioner.overlay import colour
 
     folder = Path(__file__).parent
-    page, style, script = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    page, style, script = ((folder / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     about = {
         # under this, edits are kept in the browser
         "key": hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16],
@@ -275,7 +274,8 @@ def _frame(path: Path, title: str, doubtful: float) -> tuple[str, str]:
         "SCRIPT_HASH": _hash(script),
     }
     # one pass, so that nothing in the title is taken for a place to fill
-    before, _, after = re.sub(r"@([A-Z_]+)@", lambda found: values[found[1]], page).partition("<!-- rows -->\n")
+    filled = re.sub(r"@([A-Z_]+)@", lambda found: values[found[1]], page)
+    before, _, after = filled.rpartition("<!-- rows -->\n")
     return before, after
 
 

@@ -39,7 +39,9 @@ def caption_records(
     clips: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Caption photos and videos and yield a record for each, in order; memory does not grow with their number.
+    """Caption photos and videos and yield a record for each, in order; memory stays flat.
+
+    Only inputs that stand for nothing may come earlier or later than their turn.
 
     Args:
         inputs: what `captioner.batch.sources.find_sources` takes: files, folders, patterns, tables, archives,

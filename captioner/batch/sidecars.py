@@ -11,6 +11,7 @@ import tempfile
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,8 @@ class SubtitleFiles:
 
     Args:
         kind: ``srt`` or ``vtt``.
-        existing: ``overwrite`` subtitles that captioner did not write, or that were edited since; anything else
-            keeps them, because nothing can be added to them.
+        existing: ``overwrite`` subtitles that captioner did not write, or that were edited since; the others
+            of `EXISTING` keep them, because nothing can be added to them.
 
     Raises:
         SidecarError: for another kind, or another ``existing``.
@@ -251,12 +252,11 @@ def clashes(paths: Iterable[str], suffix: str = ".txt") -> Iterator[str]:
 
     targets, files = array("q"), array("q")
     with tempfile.TemporaryFile() as names:
-        for path in paths:
-            if "://" in path and is_remote(path):
-                continue
-            targets.append(hash(_folded(path)))
-            files.append(hash(path))
-            names.write(os.fsencode(path) + b"\0")
+        paths = (path for path in paths if "://" not in path or not is_remote(path))
+        while some := list(islice(paths, 1000)):
+            targets.extend([hash(_folded(path)) for path in some])
+            files.extend(map(hash, some))
+            names.write(os.fsencode("\0".join([*some, ""])))
         wanted, who = np.frombuffer(targets, np.int64), np.frombuffer(files, np.int64)
         order = np.lexsort((who, wanted))
         wanted, who = wanted[order], who[order]
@@ -276,8 +276,13 @@ def clashes(paths: Iterable[str], suffix: str = ".txt") -> Iterator[str]:
                 yield f"{sidecar(first, suffix)} is wanted by {first} and by {', '.join(others)}"
 
 
+_NO_STEM = ("", ".", os.sep, os.altsep)
+
+
 def _folded(path: str) -> str:
-    stem = os.path.splitext(path)[0]
+    stem, _, suffix = path.rpartition(".")
+    if os.sep in suffix or (os.altsep or os.sep) in suffix or stem[-1:] in _NO_STEM:  # the slow way
+        stem = os.path.splitext(path)[0]
     return stem.lower() if stem.isascii() else unicodedata.normalize("NFC", stem).casefold()
 
 

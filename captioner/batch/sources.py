@@ -289,7 +289,9 @@ class _Finder:
         self.stdin = stdin
         self.suffixes = suffixes
         self.alone = False  # a single input
-        self.here = os.path.join(os.getcwd(), "")
+        self.here = ""
+        with contextlib.suppress(OSError):  # it has been removed
+            self.here = os.path.join(os.getcwd(), "")
         self.seen: set[int] = set()  # hashes: ten million paths share one by chance once in 400,000 runs
 
     def find(self, given: str) -> Iterator[Source | Missing]:

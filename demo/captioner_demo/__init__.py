@@ -13,10 +13,11 @@ How it is made
 - ``engine.py``: one thread runs the network; photos of several people go in one batch; features are kept.
 - ``limits.py``: what one request may cost, and the checks of what comes from outside.
 - ``guard.py``: middleware before Gradio: paths, URLs, sizes, headers, no foreign hosts.
-- ``page.py`` and ``static/``: HTML from plain data (escaped there), styles and scripts: the page's own,
-  then what is a tab's alone (``live.js``).
-- ``look.py``: theme. ``common.py``: what the tabs share. ``app.py``: `build`, `mount`, `serve`.
-- one module a tab: ``photo.py``, ``about.py``, …
+- ``page.py`` and ``static/``: HTML from plain data (escaped there), styles and scripts.
+- ``look.py``: the theme, and what goes into the page's head. ``common.py``: what the tabs share.
+  ``app.py``: `build`, `mount`, `serve`.
+- one module a tab: ``photo.py``, ``video.py``, ``folder.py``, ``live.py``, ``about.py``; a tab's own styles
+  and scripts are the files of ``static/`` that are called like it.
 
 How a tab is added
 ------------------

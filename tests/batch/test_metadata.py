@@ -32,13 +32,15 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
    <dc:description><rdf:Alt><rdf:li xml:lang="x-default">Rex at the lake</rdf:li>
     <rdf:li xml:lang="de-DE">Rex am See</rdf:li></rdf:Alt></dc:description>
    <lr:hierarchicalSubject><rdf:Bag><rdf:li>animals|dog</rdf:li></rdf:Bag></lr:hierarchicalSubject>
-   <crs:ToneCurvePV2012><rdf:Seq><rdf:li>0, 0</rdf:li><rdf:li>255, 255</rdf:li></rdf:Seq></crs:ToneCurvePV2012>
+   <crs:ToneCurve><rdf:Seq><rdf:li>0, 0</rdf:li><rdf:li>255, 255</rdf:li></rdf:Seq></crs:ToneCurve>
    <crs:MaskGroupBasedCorrections><rdf:Seq><rdf:li><rdf:Description crs:What="Correction"
     crs:CorrectionAmount="1.0"><crs:CorrectionMasks><rdf:Seq><rdf:li crs:What="Mask/Gradient"
     crs:ZeroX="0.5"/></rdf:Seq></crs:CorrectionMasks></rdf:Description></rdf:li></rdf:Seq>
    </crs:MaskGroupBasedCorrections>
-   <xmpMM:History><rdf:Seq><rdf:li stEvt:action="saved" stEvt:instanceID="xmp.iid:1"/></rdf:Seq></xmpMM:History>
-   <my:deep rdf:parseType="Resource"><my:a>1</my:a><my:b rdf:parseType="Resource"><my:c>2</my:c></my:b></my:deep>
+   <xmpMM:History><rdf:Seq><rdf:li stEvt:action="saved" stEvt:instanceID="xmp.iid:1"/></rdf:Seq>
+   </xmpMM:History>
+   <my:deep rdf:parseType="Resource"><my:a>1</my:a>
+    <my:b rdf:parseType="Resource"><my:c>2</my:c></my:b></my:deep>
   </rdf:Description>
  </rdf:RDF>
 </x:xmpmeta>

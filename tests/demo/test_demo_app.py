@@ -302,27 +302,99 @@ def test_it_can_be_mounted_beside_other_pages(
     assert call(f"{url}/captioner", "/etc/passwd").startswith("403")
 
 
-def test_what_the_page_relies_on_is_there() -> None:
+def test_what_the_page_relies_on_is_there(engine: Engine) -> None:
     """Runs on the lowest and the newest Gradio that are supported."""
     import inspect
 
-    assert {"theme", "head", "app_kwargs", "max_file_size", "root_path", "footer_links"} <= set(
-        inspect.signature(gr.mount_gradio_app).parameters
-    )
-    assert {"theme", "head", "footer_links"} <= set(inspect.signature(gr.Blocks.launch).parameters)
-    assert {"js_on_load", "apply_default_css"} <= set(inspect.signature(gr.HTML).parameters)
-    assert {"delete_cache", "analytics_enabled"} <= set(inspect.signature(gr.Blocks).parameters)
+    from gradio.route_utils import delete_files_created_by_app
+    from gradio.utils import get_upload_folder
+
+    def takes(function: Any, *names: str) -> bool:
+        return set(names) <= set(inspect.signature(function).parameters)
+
+    assert takes(gr.mount_gradio_app, "theme", "head", "app_kwargs", "max_file_size", "root_path")
+    assert takes(gr.mount_gradio_app, "footer_links", "show_error", "ssr_mode")
+    assert takes(gr.Blocks.launch, "theme", "head", "footer_links")
+    assert takes(gr.Blocks, "delete_cache", "analytics_enabled")
+    assert takes(gr.Blocks.queue, "max_size", "default_concurrency_limit")
     assert set(look()) == {"theme", "head", "footer_links"}
     assert not any(isinstance(font, gr.themes.GoogleFont) for font in look()["theme"]._font)
+    # the tabs' components and events
+    assert takes(gr.HTML, "js_on_load", "apply_default_css", "elem_id", "elem_classes", "visible")
+    assert takes(gr.File, "file_count", "file_types", "type", "height")
+    assert takes(gr.Image, "sources", "image_mode", "buttons", "type")
+    assert takes(gr.State, "time_to_live")
+    assert takes(gr.Error, "title", "print_exception")
+    for event in (gr.HTML("").submit, gr.HTML("").stop, gr.Button("").click, gr.Slider().release):
+        assert takes(event, "api_visibility", "concurrency_id", "trigger_mode", "show_progress", "js")
+    assert callable(gr.Blocks.unload)
+    assert gr.update(visible="hidden")["visible"] == "hidden"
+    assert gr.EventData.__init__
+    # what is cleaned up by hand
+    assert isinstance(gr.HTML("").temp_files, set)
+    assert callable(delete_files_created_by_app)
+    assert get_upload_folder()
+    blocks = build(engine)
+    mount(FastAPI(), blocks=blocks)
+    assert {"event_analytics", "pending_event_ids_session", "pending_messages_per_session"} <= set(
+        vars(blocks._queue)
+    )
+    assert {"lock", "session_data", "time_last_used"} <= set(vars(blocks.state_holder))
+
+
+def join(url: str, session: str, blocks: gr.Blocks, stored: str) -> httpx.Response:
+    """Ask for a caption as a page does that has a session."""
+    event = next(number for number, fn in blocks.fns.items() if fn.api_name == "caption_photo")
+    data = [{"path": stored, "meta": META}, 1, None, None, False]
+    body = {"data": data, "fn_index": event, "session_hash": session}
+    return httpx.post(f"{url}/gradio_api/queue/join", json=body, timeout=60)
+
+
+def finished(url: str, session: str) -> bool:
+    """Wait for the answer to what a session asked; whether it is one."""
+    address = f"{url}/gradio_api/queue/data?session_hash={session}"
+    with httpx.stream("GET", address, timeout=60) as stream:
+        for line in stream.iter_lines():
+            if "process_completed" in line:
+                return '"success":true' in line.replace(" ", "")
+    return False
 
 
 def test_sessions_are_bounded(start: Callable[[Any], str], engine: Engine, photo: str) -> None:
     blocks = build(engine, sessions=3)
     url = start(mount(FastAPI(), blocks=blocks))
     (stored,) = upload(url, Path(photo).read_bytes()).json()
-    for _ in range(5):
-        assert "complete" in call(url, stored)
-    assert len(blocks.state_holder.session_data) == 3
+    for number in range(5):
+        assert join(url, f"tab{number}", blocks, stored).status_code == 200
+        assert finished(url, f"tab{number}")
+    assert set(blocks.state_holder.session_data) == {"tab2", "tab3", "tab4"}
+
+
+def test_a_call_that_has_its_answer_leaves_nothing_behind(
+    start: Callable[[Any], str], engine: Engine, photo: str
+) -> None:
+    blocks = build(engine)
+    url = start(mount(FastAPI(), blocks=blocks))
+    (stored,) = upload(url, Path(photo).read_bytes()).json()
+    assert join(url, "tab", blocks, stored).status_code == 200
+    assert finished(url, "tab")
+    for path in (stored, stored, str(Path(stored).with_name("gone.jpg"))):  # the last is a mistake
+        assert "event: " in call(url, path)
+    for _ in range(100):  # it is forgotten when the answer has gone out
+        if len(blocks.state_holder.session_data) == 1:
+            break
+        time.sleep(0.05)
+    assert set(blocks.state_holder.session_data) == {"tab"}  # a page stays
+    assert set(blocks._queue.pending_messages_per_session) == {"tab"}
+    assert set(blocks._queue.pending_event_ids_session) <= {"tab"}
+
+
+def test_what_is_noted_of_events_is_bounded(engine: Engine) -> None:
+    noted = build(engine, waiting=1)._queue.event_analytics
+    for number in range(3000):
+        noted[str(number)] = {}
+    assert list(noted)[-1] == "2999"
+    assert len(noted) == 1004
 
 
 def test_analytics_are_off(engine: Engine) -> None:
@@ -372,6 +444,19 @@ def test_the_command_serves_and_leaves_nothing_behind(
     _, errors = process.communicate(timeout=20)
     assert errors == ""
     assert not list(tmp_path.glob("captioner-demo-*"))
+
+
+def test_without_gradio_one_line_says_what_to_install(tmp_path: Path) -> None:
+    """In a process of its own: here gradio is loaded."""
+    code = "import sys; sys.modules['gradio'] = None; from captioner.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--no-browser"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    line = 'this needs gradio, which is not installed: pip install "captioner[demo]"'
+    assert done.stderr.strip().endswith(line)
 
 
 @pytest.mark.parametrize(
