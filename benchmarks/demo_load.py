@@ -1,7 +1,7 @@
 """The demo under load: many clients at once against ``captioner demo`` in a process of its own.
 
 Each client uploads a photo, asks for its caption over the HTTP API, waits for the answer, and goes on with
-the next, in one session, as gradio_client does; no two uploads are equal, so that the server looks at each.
+the next, each time as somebody new; no two uploads are equal, so that the server looks at each.
 Printed are the answers, the refusals that say that the queue is full, and the failures; the median and the
 95th percentile of the seconds from upload to caption; and the server's memory. Bars: no failure, and at the
 end at most 1.15 times the memory after the first fifth of the time, when caches have filled.
@@ -132,7 +132,7 @@ class Crowd:
         if stored.status_code != 200:
             return f"upload {stored.status_code}: {stored.text}"
         given = {"path": stored.json()[0], "meta": {"_type": "gradio.FileData"}}
-        call = {"data": [given, None, None, None, False], "session_hash": f"client{which}"}
+        call = {"data": [given, None, None, None, False]}
         begun = client.post(f"{api}/call/caption_photo", json=call)
         if begun.status_code == 503 and "full" in begun.text.lower():
             return "refusal"

@@ -122,9 +122,10 @@ def measure(records: Iterator[Any], count: int, processor: Callable[[], float]) 
             first = time.perf_counter() - begun
         if number == quarter:
             begun, used = time.perf_counter(), processor()
+        if number == count - 1:  # before Ray ends its workers
+            wall, used = time.perf_counter() - begun, processor() - used
     assert number + 1 == count, f"{number + 1} records of {count}"
-    rest = count - quarter - 1
-    return Taken(first, (time.perf_counter() - begun) / rest, (processor() - used) / rest)
+    return Taken(first, wall / (count - quarter - 1), used / (count - quarter - 1))
 
 
 def everybody() -> float:

@@ -95,14 +95,13 @@ class Captioner:
         """
         path = Path(path) if path is not None else identity.BUILT_IN
         chosen = choose_device(device)
-        captioner = cls(*checkpoint.load(path, chosen), precision=precision)
-        if device == "auto" and chosen.type == "mps":
-            reference = cls(*checkpoint.load(path, "cpu"), precision=precision)
-            try:
-                agrees = captioner._agrees_with(reference)
-            except RuntimeError:  # an operation that the device lacks
-                agrees = False
-            captioner = captioner if agrees else reference
+        if device != "auto" or chosen.type != "mps":
+            captioner = cls(*checkpoint.load(path, chosen), precision=precision)
+        else:
+            captioner = reference = cls(*checkpoint.load(path, "cpu"), precision=precision)
+            with suppress(RuntimeError):  # an operation that the device lacks
+                there = cls(*checkpoint.load(path, chosen), precision=precision)
+                captioner = there if there._agrees_with(reference) else reference
         with suppress(OSError):  # it has just been read
             captioner.fingerprint = identity.fingerprint(path)
         return captioner

@@ -247,14 +247,20 @@ def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
             raise CheckpointError(f"{path}: is a folder; give the .safetensors file in it")
         if not stat.S_ISREG(mode):
             raise CheckpointError(f"{path}: is a device or a pipe, not a file")
+        with open(path, "rb") as beginning:
+            length = int.from_bytes(beginning.read(8), "little")
+        if length > 2 * _LONGEST:
+            raise CheckpointError(
+                f"{path}: damaged, or not a .safetensors file (a header too large: {length} bytes)"
+            )
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             if text is None:
                 raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of captioner")
             if len(text) > _LONGEST or len(file.keys()) > _MOST_TENSORS:
                 raise CheckpointError(
-                    f"{path}: its header cannot be used: {len(text)} characters and {len(file.keys())} tensors"
-                    f" are described; at most {_LONGEST} and {_MOST_TENSORS} can be"
+                    f"{path}: its header cannot be used: it has {len(text)} characters and"
+                    f" {len(file.keys())} tensors; at most {_LONGEST} and {_MOST_TENSORS} can be read"
                 )
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (FileNotFoundError, NotADirectoryError):

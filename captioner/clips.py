@@ -18,7 +18,7 @@ import torch
 
 from captioner.caption import Caption, Segment
 from captioner.encoder import GridFeatures, join_frames
-from captioner.images import load
+from captioner.images import Fit, load
 from captioner.parallel import ahead
 from captioner.subtitles import merge
 from captioner.video import Frame, Shots, VideoError, VideoPath, frames, live
@@ -36,6 +36,7 @@ _REST = 0.25
 """A segment shorter than this share of the others is joined to the one before it."""
 
 Say = Callable[[GridFeatures], Caption]
+Keep = Callable[[float, np.ndarray, Fit], None]
 
 
 def caption_segments(
@@ -48,6 +49,7 @@ def caption_segments(
     start: float = 0.0,
     end: float | None = None,
     progress: Callable[[float], None] | None = None,
+    keep: Keep | None = None,
     **options: Any,
 ) -> Iterator[Segment]:
     """Caption a clip segment by segment, as they come; neighbours that say the same are one.
@@ -61,6 +63,8 @@ def caption_segments(
         shots: cut where the picture changes at once, and longer shots into segments.
         start, end: the part of the clip that is captioned, in seconds.
         progress: called with the seconds of the clip that have been read.
+        keep: called by several threads with every frame that is looked at: its time in seconds, its square
+            ``(3, size, size)`` uint8 and how it was fitted.
         options: see `captioner.captioner.Captioner.caption`.
 
     Raises:
@@ -75,13 +79,19 @@ def caption_segments(
     say = partial(captioner.caption, **options)
     captioner.check(**{k: v for k, v in options.items() if k not in ("prefix", "region", "seed")})
     reader = _Reader(path, every, segment, shots, start, end, progress)
-    return _joined(_segments(captioner, reader, segment, say))
+    return _joined(_segments(captioner, reader, segment, say, keep))
 
 
-def _segments(captioner: Captioner, reader: _Reader, segment: float | None, say: Say) -> Iterator[Segment]:
+def _segments(
+    captioner: Captioner, reader: _Reader, segment: float | None, say: Say, keep: Keep | None
+) -> Iterator[Segment]:
     def encode(part: list[tuple[_Seen, np.ndarray]]) -> list[tuple[_Seen, GridFeatures]]:
         preprocess = captioner.model.encoder.preprocess
-        features = captioner.encode_pixels([load(image, preprocess) for _, image in part])
+        loaded = [load(image, preprocess) for _, image in part]
+        if keep is not None:
+            for (seen, _), (pixels, fit) in zip(part, loaded, strict=True):
+                keep(seen.time, pixels, fit)
+        features = captioner.encode_pixels(loaded)
         return [(seen, features[i]) for i, (seen, _) in enumerate(part)]
 
     def tell(stretch: _Stretch) -> Segment:

@@ -181,7 +181,7 @@ _LARGEST_SIZE = 2048
 """A checkpoint can ask for any size, and its pictures then take as much memory."""
 
 
-def one_line(text: str, most: int = 2000) -> str:
+def one_line(text: str, most: int = 4000) -> str:
     """Return a message as one line that any terminal can print, cut in the middle if it is very long."""
     if len(text) > most:
         text = f"{text[: most // 2]} ... {text[-most // 2 :]}"

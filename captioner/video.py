@@ -738,7 +738,7 @@ def _grab(capture: Any) -> bool:
 
 
 _SILENCE = 8
-"""Seconds without a frame after which a file is given up: what is damaged is searched to its end otherwise."""
+"""Seconds without a frame after which a file is given up: what is damaged would be searched to its end."""
 _ATTEMPTS = 300
 """Damaged packets in a row that do not end a video. At its end this many take milliseconds."""
 

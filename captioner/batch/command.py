@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -126,7 +126,8 @@ def run_batch(batch: Batch) -> int:
             if not os.path.isdir(path):
                 fail(f"{path}: --watch watches folders; give the folder that the files arrive in")
     beside = _beside(batch)
-    found = _checked(batch) if batch.sidecars or _is_coco(batch) else None
+    checks = batch.sidecars or batch.srt or batch.vtt or _is_coco(batch)
+    found = _checked(batch) if checks else None
     place = batch.place
     with Journal(batch.journal or place.with_name(f"{place.name}.journal")) as journal:
         run = Run(
@@ -185,14 +186,10 @@ def _checked(batch: Batch) -> list[Source | Missing]:
     """Find all files, and refuse to begin if two of them want the same file or id."""
     found = list(batch.find())
     sources = [item for item in found if isinstance(item, Source)]
-    if batch.sidecars:
-        from captioner.batch.sidecars import clashes
-
-        lines = list(islice(clashes(source.path for source in sources if source.file is not None), 6))
-        for line in lines[:5]:
-            say(line)
-        if lines:
-            fail("nothing was captioned: rename these files, or give --output instead of --sidecars")
+    files = [source.path for source in sources if source.file is not None]
+    for wanted, suffix in ((batch.sidecars, ".txt"), (batch.srt, ".srt"), (batch.vtt, ".vtt")):
+        if wanted:
+            _refuse_clashes(files, suffix)
     if _is_coco(batch):
         seen: dict[int | str, str] = {}
         for source in sources:
@@ -203,6 +200,20 @@ def _checked(batch: Batch) -> list[Source | Missing]:
                     "give .jsonl instead of .json, or rename one"
                 )
     return found
+
+
+def _refuse_clashes(files: Iterable[str], suffix: str) -> None:
+    from captioner.batch.sidecars import clashes
+
+    if suffix != ".txt":
+        from captioner.video import VIDEO_SUFFIXES
+
+        files = (path for path in files if os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES)
+    lines = list(islice(clashes(files, suffix), 6))
+    for line in lines[:5]:
+        say(line)
+    if lines:
+        fail(f"nothing was captioned: rename these files, or do without {suffix} files beside them")
 
 
 def _beside(batch: Batch) -> dict[str, Beside]:
@@ -329,13 +340,12 @@ def load_captioner(batch: Batch) -> Captioner:
 
 def local_engine(captioner: Captioner, **options: Any) -> Engine:
     """Return what captions on this machine; options are those of `captioner.batch.caption_media`."""
-    from captioner.batch.media import FileResult, caption_media, to_record
+    from captioner.batch.media import caption_media, to_record
 
     def engine(sources: Iterator[Source]) -> Iterator[Finished]:
         for result in caption_media(captioner, sources, **options):
             record = to_record(result, captioner.header.name, captioner.fingerprint)
-            looked = result.looked if isinstance(result, FileResult) else None
-            yield Finished(record, *(looked or (None, None)))
+            yield Finished(record, *(result.looked or (None, None)))
 
     return engine
 
@@ -361,12 +371,15 @@ def _ray_engine(batch: Batch, options: Mapping[str, Any], look: Callable[..., An
     return engine
 
 
-def look_closely(pixels: Any, fit: Any, caption: Any) -> tuple[bytes, bytes | None]:
-    """Return what the report shows of a photo, and its perceptual hash."""
+def look_closely(
+    pixels: Any, fit: Any, caption: Any, frame: int | None = None, first_word: int = 0
+) -> tuple[bytes, bytes | None]:
+    """Return what the report shows of a photo or a video's frame, and a photo's perceptual hash."""
     from captioner.batch.alike import perceptual_hash
     from captioner.batch.page import preview
 
-    return preview(pixels, fit, caption), perceptual_hash(pixels, fit)
+    shown = preview(pixels, fit, caption, frame or 0, first_word)
+    return shown, perceptual_hash(pixels, fit) if frame is None else None
 
 
 def _watch(batch: Batch, run: Run) -> None:

@@ -28,7 +28,7 @@ Given = Union[str, "PathLike[str]", Source]
 """What can be captioned: a file's path, or a source."""
 Seed = int | Callable[[str], int]
 
-Look = Callable[[np.ndarray, Fit, Caption], Any]
+Look = Callable[..., Any]
 """Called with a photo's square ``(3, size, size)`` uint8, its fit and its caption, in a worker's thread."""
 
 
@@ -50,13 +50,14 @@ class FileResult:
 class ClipResult:
     """What became of one video: captions, or the reason why there are none; both if it ends too early.
 
-    ``seconds`` is how long captioning took.
+    ``seconds`` is how long captioning took; ``looked`` what ``look=`` returned for a frame of its middle.
     """
 
     path: str
     caption: VideoCaption | None
     error: str | None = None
     seconds: float = 0.0
+    looked: Any = None
 
 
 def to_record(
@@ -159,7 +160,9 @@ def caption_media(
 
     Args:
         captioner: what captions them.
-        paths, batch_size, seed, look: as in `caption_files`; ``look`` is not called for videos.
+        paths, batch_size, seed: as in `caption_files`.
+        look: likewise; of a video it is called with a frame from the middle, the caption of that segment, the
+            number of the frame in it, and how many words the segments before have.
         clips: for videos, see `Captioner.caption_video`: ``every``, ``segment``, ``shots``,
             ``start``, ``end``.
         progress: called with a video's path and the seconds of it that have been read.
@@ -200,7 +203,7 @@ def _media(
             try:
                 with local(source) as file:
                     clip, interrupted = _caption_clip(
-                        captioner, source.path, file, {**clips, **options, "seed": seed}, progress, said
+                        captioner, source.path, file, {**clips, **options, "seed": seed}, look, progress, said
                     )
             except ImageError as error:  # in an archive or on another machine, and cannot be read
                 clip, interrupted = ClipResult(source.path, None, str(error)), False
@@ -230,6 +233,7 @@ def _caption_clip(
     path: str,
     file: str,
     options: dict[str, Any],
+    look: Look | None,
     progress: Callable[[str, float], object] | None,
     said: Callable[[str, Segment], object] | None,
 ) -> tuple[ClipResult, bool]:
@@ -240,6 +244,12 @@ def _caption_clip(
             progress(path, seconds)
 
     begun = time.monotonic()
+    frames = None
+    if look is not None:
+        from captioner.batch.page import Frames
+
+        frames = Frames()
+        options = {**options, "keep": frames.add}
     segments: list[Segment] = []
     error, interrupted = None, False
     try:
@@ -259,7 +269,9 @@ def _caption_clip(
             raise
         error, interrupted = f"{path}: interrupted at {clock(segments[-1].end)}", True
     caption = VideoCaption(tuple(segments), segments[-1].end, error) if segments else None
-    return ClipResult(path, caption, error, time.monotonic() - begun), interrupted
+    middle = None if frames is None else frames.middle(caption)
+    looked = None if look is None or middle is None else look(*middle)
+    return ClipResult(path, caption, error, time.monotonic() - begun, looked), interrupted
 
 
 def _run(

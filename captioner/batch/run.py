@@ -324,18 +324,20 @@ class Run:
         for name, output in self.beside.items():
             # one output after the other: two of them may change the same file
             plans: list[tuple[str, Source, Plan]] = []
+            begun: list[Path] = []
             self.journal.begin()
             for path, source, record in items:
                 ours = self.journal.planned(path, name)
                 plan = output.plan(path, record, ours)
                 if ours is not None:
-                    remove_leftovers(plan.target)
+                    begun.append(plan.target)
                 if plan.kept is not None:
                     self.counts.kept.append((path, plan.kept))
                     continue
                 self.journal.plan(path, name, plan.target, plan.digest)
                 plans.append((path, source, plan))
             self.journal.commit()
+            remove_leftovers(*begun)
             for path, source, plan in plans:
                 if self._write_plan(path, source, plan):
                     self.counts.written[name] += plan.data is not None

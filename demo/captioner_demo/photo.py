@@ -351,8 +351,12 @@ def tab(demo: Demo) -> None:
             )
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal", **demo.model_queue}
+
+    def emptied(path: str | None) -> Any:
+        return None if path else gr.skip()  # for some versions, a camera that is opened is an input, too
+
     upload.input(uploaded, [upload, demo.model, *settings], everything, **quiet).then(
-        lambda: None, None, upload, queue=False, api_visibility="private", show_progress="hidden"
+        emptied, upload, upload, queue=False, api_visibility="private", show_progress="hidden"
     )
     shelf.submit(picked, [demo.model, *settings], everything, **quiet)
     view.submit(touched, [session, demo.model], everything, **quiet)

@@ -175,7 +175,7 @@ def test_clips_in_a_batch(run: Run) -> None:
     frames[0].save("p/clip.gif", save_all=True, append_images=frames[1:], duration=500)
     with tarfile.open("s.tar", "w") as archive:
         archive.add("p/clip.gif", "clip.gif")
-    outcome = run("caption", "p", "s.tar", "-o", "o.jsonl", "--srt", "beside")
+    outcome = run("caption", "p", "s.tar", "-o", "o.jsonl", "--srt", "beside", "--report", "r.html")
     assert outcome.code == 0
     clips = {record["path"]: record for record in read("o.jsonl") if "segments" in record}
     assert clips.keys() == {"p/clip.gif", "s.tar/clip.gif"}
@@ -187,9 +187,10 @@ def test_clips_in_a_batch(run: Run) -> None:
 def test_options_change_the_identity(run: Run) -> None:
     run("caption", "p", "-o", "o.jsonl")
     first = read("o.jsonl")
-    assert "captioned 6 files; 1 file could not be: see o.errors.jsonl" in run(
-        "caption", "p", "-o", "o.jsonl", "--prefix", "two"
-    ).complaints
+    assert (
+        "captioned 6 files; 1 file could not be: see o.errors.jsonl"
+        in run("caption", "p", "-o", "o.jsonl", "--prefix", "two").complaints
+    )
     assert all(record["caption"].startswith("two") for record in read("o.jsonl") if record["caption"])
     run("caption", "p", "-o", "o.jsonl", "--batch-size", 2)
     assert said(read("o.jsonl")) == said(first)
@@ -211,7 +212,7 @@ def test_a_report(run: Run) -> None:
     outcome = run("caption", "p", "-o", "o.jsonl", "--report", "r.html")
     assert outcome.code == 0
     assert "r.html shows 8 files" in outcome.complaints
-    assert any("pictures in a group look alike" in line for line in outcome.complaints)
+    assert any("look alike" in line for line in outcome.complaints), outcome.err
     assert {"alike": ["p/000001.png", "p/again.png"]} in read("r.alike.jsonl")
     text = Path("r.html").read_text()
     assert "p/000003.png" in text

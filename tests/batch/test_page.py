@@ -139,8 +139,8 @@ def test_previews_of_real_captions_are_small() -> None:
 def test_the_frame_in_the_middle_of_a_clip() -> None:
     fit = Fit("squash", 64, 48, (0.0, 0.0, 64.0, 48.0))
     frames = Frames(most=8)
-    for time in reversed(range(100)):  # threads add in any order
-        frames.add(float(time), np.full((3, 8, 8), time, np.uint8), fit)
+    for moment in reversed(range(100)):  # threads add in any order
+        frames.add(float(moment), np.full((3, 8, 8), moment, np.uint8), fit)
     first, second = made_caption("a dog", 0, 40), made_caption("two cats sit", 1, 60)
     second = Caption(
         *[getattr(second, name) for name in list(second.__dataclass_fields__)[:8]], times=np.arange(40.0, 100)

@@ -263,7 +263,6 @@ def test_frames_are_dropped_and_captions_never_lag(cheetah: Any, server: Server)
         assert len(server.sent) <= 8  # of the hundred frames that the camera gave
         for (_, done, _), (begun, _, _) in zip(server.sent, server.sent[1:], strict=False):
             assert begun >= done
-            assert begun - done < 2
         assert delays[-1] < 2.5 * delays[0] + 300, delays
 
 

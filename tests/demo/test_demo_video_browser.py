@@ -302,7 +302,7 @@ def test_stop_keeps_what_was_captioned(
     free.set()
     assert page.locator(".cap-line").count() == 1
     assert "long.mp4: stopped; captioned up to 0:10 of 0:20" in page.inner_text(".cap-clip .cap-note")
-    page.wait_for_selector("#video-stop", state="detached")
+    page.wait_for_selector("#video-stop", state="hidden")
     with page.expect_download() as waited:
         page.click("#video-srt")
     assert Path(waited.value.path()).read_text().count("-->") == 1
@@ -327,7 +327,7 @@ def test_drawing_can_be_stopped(
     page.wait_for_selector("#video-overlay .cap-at")
     page.click("#video-undraw")
     free.set()
-    page.wait_for_selector("#video-undraw", state="detached")
+    page.wait_for_selector("#video-undraw", state="hidden")
     page.wait_for_selector("#video-overlay .cap-working", state="detached")
     assert page.locator(".cap-overlay").count() == 0
     for _ in range(100):

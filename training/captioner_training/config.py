@@ -12,12 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from captioner.decoder import DecoderConfig
 from captioner.encoder import ENCODERS
 from captioner.frame_encoder import FrameConfig
+from captioner.images import one_line
 from captioner.search import SearchOptions
 from captioner_training.clips import FRAMES
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used; the message names the file and the key."""
+    """A config that cannot be used; the message, one line, names the file and the key."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class _Strict(BaseModel):
@@ -338,10 +342,23 @@ class _Loader(yaml.SafeLoader):
             seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge what ``<<`` names, each key once: merges of merges would grow with every level."""
+        super().flatten_mapping(node)
+        kept = {
+            (key.tag, key.value if isinstance(key.value, str) else id(key)): (key, value)
+            for key, value in node.value
+        }
+        node.value = list(kept.values())
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
 )
+
+
+_LONGEST = 2**20
+"""Characters of a config."""
 
 
 def load_config(path: str | Path) -> TrainingConfig:
@@ -352,10 +369,17 @@ def load_config(path: str | Path) -> TrainingConfig:
     """
     path = Path(path)
     try:
-        raw: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
+        if len(text) > _LONGEST:
+            raise ConfigError(f"{path}: more than {_LONGEST} characters: this is no config")
+        raw: Any = yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: an impossible date, say
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, ValueError, TypeError) as error:
+        # what the library stumbles over: an impossible date is a ValueError, a huge number an OverflowError
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not YAML: nested too deeply") from None
@@ -363,6 +387,8 @@ def load_config(path: str | Path) -> TrainingConfig:
         raise ConfigError(f"{path}: expected a mapping at the top level")
     try:
         return TrainingConfig.model_validate(raw)
+    except (RecursionError, OverflowError) as error:
+        raise ConfigError(f"{path}: {error}") from None
     except ValidationError as error:
         problems = []
         for problem in error.errors():

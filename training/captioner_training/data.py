@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from captioner.images import one_line
 from captioner.video import VIDEO_SUFFIXES
 from captioner_training.config import SourceConfig
 from captioner_training.metrics import load_references
@@ -22,7 +23,10 @@ T = TypeVar("T")
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file and what to do."""
+    """Data that cannot be used; the message, one line, names the file and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class PictureStore:

@@ -190,17 +190,19 @@ def _json(text: str, path: Path) -> tuple[Any, list[Any] | None]:
         raise DataError(f"{path}: not JSON of any use: it is nested too deeply") from None
     except json.JSONDecodeError as error:
         whole = error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}: not JSON of any use: {error}") from None
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = []
     for number, line in lines:
         try:
             rows.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             if not rows:  # not even the first line is whole, so it is not JSON lines
                 raise DataError(
                     f"{path}: not JSON: {whole.msg} in line {whole.lineno}, column {whole.colno}"
                 ) from None
-            reason = getattr(error, "msg", "nested too deeply")
+            reason = getattr(error, "msg", "nested too deeply, or with a number too large")
             raise DataError(f"{path}: line {number} is not JSON: {reason}") from None
     return None, rows
 
@@ -268,7 +270,8 @@ def _coco(data: dict[str, Any], path: Path) -> Source:
                 f'{path}: annotations[{number}] has no "caption"; COCO\'s captions are in captions_*.json, '
                 "not in instances_*.json"
             )
-        annotation.setdefault("id", -1 - number)  # pycocotools' index wants one
+        if not _is_id(annotation.get("id")):
+            annotation["id"] = -1 - number  # pycocotools' index wants one
         if annotation["image_id"] not in known:
             strays.append(annotation["image_id"])
     coco = COCO()
@@ -307,6 +310,8 @@ def _coco(data: dict[str, Any], path: Path) -> Source:
 def _karpathy(data: dict[str, Any], path: Path) -> Source:
     """Karpathy and Fei-Fei's ``dataset_coco.json``, ``dataset_flickr8k.json``, ``dataset_flickr30k.json``."""
     source = Source(path, "karpathy", "Karpathy's splits")
+    if not isinstance(data.get("images"), list):
+        raise DataError(f'{path}: Karpathy\'s format needs "images", a list')
     for number, image in enumerate(data["images"]):
         where = f"{path}: images[{number}]"
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
@@ -349,7 +354,7 @@ _MSRVTT_VAL, _MSRVTT_TEST = 6513, 7010
 
 def _msrvtt(data: dict[str, Any], path: Path) -> Source:
     """MSR-VTT: ``videodatainfo`` files of the challenges and ``MSRVTT_data.json``."""
-    videos, sentences = data["videos"], data["sentences"]
+    videos, sentences = data.get("videos"), data.get("sentences")
     if not isinstance(videos, list) or not isinstance(sentences, list):
         raise DataError(f'{path}: MSR-VTT\'s format needs "videos" and "sentences", both lists')
     source = Source(path, "msrvtt", "MSR-VTT", media="video")
@@ -362,7 +367,7 @@ def _msrvtt(data: dict[str, Any], path: Path) -> Source:
         if name in entries:
             raise DataError(f"{where}: {name} stands there twice")
         split = video.get("split")
-        index = int(name[5:]) if re.fullmatch(r"video\d+", name) else None
+        index = int(name[5:]) if re.fullmatch(r"video\d{1,9}", name) else None
         if split is None and index is not None:
             split = "train" if index < _MSRVTT_VAL else "val" if index < _MSRVTT_TEST else "test"
         entries[name] = Entry(
@@ -377,7 +382,7 @@ def _msrvtt(data: dict[str, Any], path: Path) -> Source:
     for number, sentence in enumerate(sentences):
         if not isinstance(sentence, dict) or not isinstance(sentence.get("caption"), str):
             raise DataError(f'{path}: sentences[{number}] has no "caption"')
-        if sentence.get("video_id") in entries:
+        if isinstance(sentence.get("video_id"), str) and sentence["video_id"] in entries:
             entries[sentence["video_id"]].captions.append(sentence["caption"])
         else:
             strays += 1
@@ -436,7 +441,7 @@ def _msvd(text: str, path: Path) -> Source:
                 raise DataError(f"{path}: line {number} has {len(row)} cells, the header {len(columns)}")
             if language >= 0 and row[language].strip().lower() not in ("english", "en"):
                 other += 1
-            elif not (row[0].strip() and row[1].strip().isdigit() and row[2].strip().isdigit()):
+            elif not (row[0].strip() and row[1].strip().isdecimal() and row[2].strip().isdecimal()):
                 blank += 1
             else:
                 add("_".join(cell.strip() for cell in row[:3]), row[caption])
@@ -749,9 +754,9 @@ def _seconds(value: Any) -> float | None:
         parts = value.split(":")
         try:
             return sum(float(part) * 60**power for power, part in enumerate(reversed(parts)))
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

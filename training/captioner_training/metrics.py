@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from captioner.images import one_line
+
 METRICS = ("BLEU", "METEOR", "ROUGE_L", "CIDEr")
 """The families of metrics that are computed if not asked otherwise; BLEU gives BLEU-1 to BLEU-4."""
 SPICE = "SPICE"
@@ -43,6 +45,9 @@ _INSTALL = 'pip install "captioner[train]"'
 
 class ScoreError(ValueError):
     """Captions, references or a file that cannot be scored, or a missing tool; the message is one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
