@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import random
@@ -474,13 +475,13 @@ def bombs(small: bool = False) -> Iterator[tuple[str, bytes]]:
     yield "nested-tracks.mp4", box(b"ftyp", b"isom\0\0\0\0isom") + box(b"moov", _nested(b"trak", 50_000))
     if "h264.mp4" in files:
         mp4 = files["h264.mp4"]
-        for name in (b"stsz", b"stts", b"stsc", b"stco", b"ctts", b"stss", b"elst"):
-            at = mp4.find(name)
+        for kind in (b"stsz", b"stts", b"stsc", b"stco", b"ctts", b"stss", b"elst"):
+            at = mp4.find(kind)
             if at > 0:
                 for label, count in (("4e9", 0xFFFFFFFF), ("1e8", 100_000_000)):
-                    where = at + (12 if name == b"stsz" else 8)
+                    where = at + (12 if kind == b"stsz" else 8)
                     yield (
-                        f"{name.decode()}-{label}.mp4",
+                        f"{kind.decode()}-{label}.mp4",
                         mp4[:where] + struct.pack(">I", count) + mp4[where + 4 :],
                     )
         yield "sizes-of-65535.mp4", mp4.replace(struct.pack(">HH", 96, 64), b"\xff\xff\xff\xff")
@@ -751,8 +752,8 @@ def _jsonl_names(text: bytes, output: Path) -> list[bytes]:
 
 def _csv_names(text: bytes, output: Path) -> list[bytes]:
     rows = csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True)
-    # a video has a row for each of its segments
-    return [_unescaped(path) for path, _ in dict.fromkeys((row["path"], row.get("start")) for row in rows)]
+    # a video has a row for each of its segments, and one for its error
+    return [_unescaped(path) for path, _ in itertools.groupby(row["path"] for row in rows)]
 
 
 def _parquet_names(text: bytes, output: Path) -> list[bytes]:
@@ -778,12 +779,12 @@ def _of_output(names: Callable[[bytes, Path], list[bytes]]) -> Callable[[bytes, 
 
 
 COMMANDS = {
-    "--jsonl": Command(("--jsonl",), _jsonl_names),
-    "--json": Command(("--json",), _json_names),
-    "--csv": Command(("--csv",), _csv_names),
-    "--output x.jsonl": Command(("--output", "{output}.jsonl"), _of_output(_jsonl_names)),
-    "--output x.csv": Command(("--output", "{output}.csv"), _of_output(_csv_names)),
-    "--output x.parquet": Command(("--output", "{output}.parquet"), _parquet_names),
+    "jsonl": Command(("--jsonl",), _jsonl_names),
+    "json": Command(("--json",), _json_names),
+    "csv": Command(("--csv",), _csv_names),
+    "output-jsonl": Command(("--output", "{output}.jsonl"), _of_output(_jsonl_names)),
+    "output-csv": Command(("--output", "{output}.csv"), _of_output(_csv_names)),
+    "output-parquet": Command(("--output", "{output}.parquet"), _parquet_names),
 }
 """What is run over the corpus; add to it what else is written."""
 
@@ -1005,7 +1006,7 @@ def _all(place: Path, options: argparse.Namespace, more: list[str]) -> int:
     for number in range(len(files)):
         name, data = sources[number % len(sources)]
         (plain / f"{number:05d}{Path(name).suffix}").write_bytes(data)
-    good = caption_folder(plain, COMMANDS["--jsonl"], more)
+    good = caption_folder(plain, COMMANDS["jsonl"], more)
     print(f"\nas many good files: exit code {good.code}, {good.seconds:.0f} s, {good.peak / 2**20:.0f} MiB")
     for label in options.commands or COMMANDS:
         command = COMMANDS[label]

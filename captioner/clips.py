@@ -21,7 +21,7 @@ from captioner.encoder import GridFeatures, join_frames
 from captioner.images import Fit, load
 from captioner.parallel import ahead
 from captioner.subtitles import merge
-from captioner.video import Frame, Shots, VideoError, VideoPath, frames, live
+from captioner.video import SHORTEST_SHOT, Frame, Shots, VideoError, VideoPath, frames, live
 
 if TYPE_CHECKING:
     from captioner.captioner import Captioner
@@ -214,11 +214,16 @@ def _stretches(
     held: _Stretch | None = None
     current: _Stretch | None = None
 
+    def least() -> float:
+        """Return what the current stretch must last to be a segment of its own."""
+        assert current is not None
+        return SHORTEST_SHOT if current.cut else shortest
+
     def closed(end: float) -> Iterator[_Stretch]:
         nonlocal held, current
         assert current is not None
         current.end = end
-        if held is not None and not current.cut and end - current.start < shortest - 1e-6:
+        if held is not None and end - current.start < least() - 1e-6:
             held.join(current)
         else:
             if held is not None:
@@ -233,7 +238,7 @@ def _stretches(
             if current is None:
                 current = _Stretch(seen.begins, seen.cut)
             current.add(seen.time, features)
-            if held is not None and (current.cut or seen.time - current.start >= shortest):
+            if held is not None and seen.time - current.start >= least():
                 yield held
                 held = None
     if current is not None:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Union
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Union, cast
 
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin
@@ -698,7 +698,7 @@ def _identify(stream: IO[bytes], suffix: str, name: str) -> Image.Image:
         )
     stream.seek(0)
     if kind in _READ_BYTEWISE:
-        stream = _Patient(stream)
+        stream = cast("IO[bytes]", _Patient(stream))
     if kind == "jpeg":
         return _Jpeg(stream)
     if kind == "tiff":
@@ -734,11 +734,11 @@ _READ_BYTEWISE = frozenset(("jpeg", "png", "ppm"))
 
 
 class _Patient:
-    """A file that is read in at most a million calls: headers can be made of countless tiny parts."""
+    """A file that is read in at most half a million calls: headers can be made of countless tiny parts."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._left = 2**20
+        self._left = 2**19
 
     def read(self, size: int = -1) -> bytes:
         self._left -= 1

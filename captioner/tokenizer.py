@@ -197,7 +197,7 @@ def _check_bpe(text: str) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise ValueError("the BPE tokenizer is not one that captioner made")
+        raise ValueError("the BPE tokenizer cannot be read: it is not one that captioner made")
 
 
 def _tokenizers() -> Any:

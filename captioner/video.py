@@ -255,7 +255,7 @@ def segments(
         if not finder.starts:
             raise
     finish = duration(path) if end is None or finder.last + finder.step < end else end
-    last = finish - _SHORTEST_SHOT
+    last = finish - SHORTEST_SHOT
     edges = [start, *(cut for cut in finder.starts[1:] if start < cut <= last), finish]
     cuts: list[tuple[float, float]] = []
     for left, right in itertools.pairwise(edges):
@@ -313,7 +313,7 @@ class Shots:
         size = max(1, round(width / scale)), max(1, round(height / scale))
         small = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_LINEAR), cv2.COLOR_RGB2BGR)
         cut = self._detector.process_frame(self._timecode(self._count, 25.0), small)
-        if not self.starts or (cut and time - self.starts[-1] >= _SHORTEST_SHOT):
+        if not self.starts or (cut and time - self.starts[-1] >= SHORTEST_SHOT):
             self.starts.append(time)
         if self._count:
             self.step = time - self.last
@@ -321,7 +321,8 @@ class Shots:
         self._count += 1
 
 
-_SHORTEST_SHOT = 0.6
+SHORTEST_SHOT = 0.6
+"""Seconds; a cut that comes sooner after another, or before the end, is none."""
 _NEVER = 1e9
 """A sampling interval after which no second frame comes."""
 
@@ -342,7 +343,7 @@ def _frames(
         index, due, now = 0, start, None
         while (moment := source.advance()) is not None:
             now = clock.true(moment)
-            if end is not None and now >= end:
+            if end is not None and now >= end - _TOLERANCE:
                 return
             if passed is not None:
                 passed(now + source.step)
@@ -737,7 +738,7 @@ def _grab(capture: Any) -> bool:
     return False
 
 
-_SILENCE = 8
+_SILENCE = 20
 """Seconds without a frame after which a file is given up: what is damaged would be searched to its end."""
 _ATTEMPTS = 300
 """Damaged packets in a row that do not end a video. At its end this many take milliseconds."""

@@ -231,6 +231,19 @@ def test_shots(three_shots: Path, captioner: Captioner) -> None:
     assert cut(segment=None, start=0.5, end=4.95) == [(0.5, 1.2), (1.2, 4.3), (4.3, 4.95)]
 
 
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("segment", [None, 5, 1.5])
+def test_a_cut_just_before_the_end_is_none(
+    three_shots: Path, captioner: Captioner, segment: float | None
+) -> None:
+    pytest.importorskip("scenedetect")
+    options = {"shots": True, "every": 0.1, "segment": segment, "end": 4.8, "beam": 1, "max_length": 3}
+    found = spans(captioner.caption_video(three_shots, **options).segments)
+    assert found[0] == (0, 1.2)
+    assert found[-1][1] == 4.8
+    assert 4.3 not in [start for start, _ in found]
+
+
 def test_shots_without_scenedetect(
     three_shots: Path, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

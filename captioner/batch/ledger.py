@@ -151,6 +151,8 @@ class Ledger:
         assert self._file is not None
         data = data if self._state["there"] else head(self.suffix) + data
         place = self._state["size"]
+        self._file.seek(place)
+        self._file.truncate()  # what an interruption kept from being noted
         try:
             view = memoryview(data)
             while view:
@@ -160,8 +162,10 @@ class Ledger:
             os.ftruncate(self._file.fileno(), place)
             self._file.seek(place)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self._digest.update(data)
-        self._note(size=place + len(data), sha256=self._digest.hexdigest(), there=True)
+        digest = self._digest.copy()
+        digest.update(data)
+        self._note(size=place + len(data), sha256=digest.hexdigest(), there=True)
+        self._digest = digest
 
     def _open(self) -> None:
         """Open the file at the place to which it was noted, and cut off what a kill left behind that."""

@@ -45,8 +45,9 @@ MAX_HELD = 2**24
 """Bytes of pictures that travel in a chunk, if they are held in memory; the last may be beyond."""
 RESTARTS = 3
 """How often in a row Ray may fail without a single record before that is the end."""
-GPU_CHUNK = 4
-"""Batches in a chunk where there are GPUs: while one is computed, the next is decoded."""
+LARGE_CHUNK = 4
+"""Batches in a chunk with GPUs (one is computed, the next decoded) or many workers (less to tell)."""
+MANY_WORKERS = 16
 GPU_CORES = 8
 """CPU cores that a worker with a GPU takes at most, to decode."""
 
@@ -114,7 +115,7 @@ def caption_on_ray(
     checkpoint = _check(file, setup["options"], precision)
     with _quiet(), _cluster(ray, address):
         room = _room(ray, workers)
-        size = batch_size * (GPU_CHUNK if room.gpus else 1)
+        size = batch_size * (LARGE_CHUNK if room.gpus or room.workers >= MANY_WORKERS else 1)
         chunks = _chunks(sources, size, room.workers)
         setup.update(threads=room.cores, gpu=bool(room.gpus), checkpoint=ray.put(checkpoint))
         yield from _Run(ray, chunks, setup, room).records()
@@ -216,9 +217,13 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
         with _hushed():
             # without an address Ray looks for a cluster on this machine and starts one if there is none
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **new)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"the Ray cluster at {address} cannot be used" if address else "Ray does not start"
-        raise ClusterError(f"{where}: {_line(error)}") from None
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        if not address:
+            raise ClusterError(f"Ray does not start: {_line(error)}") from None
+        raise ClusterError(
+            f"{address}: the Ray cluster there cannot be used: {_line(error)}; if it asks for a token, set "
+            "RAY_AUTH_MODE=token here too"
+        ) from None
     try:
         yield
     finally:
@@ -364,18 +369,31 @@ class Worker:
         try:
             chunk: Chunk = pickle.loads(pickled)
             if not before:
-                return self.caption(chunk)
-            records = []
-            for index, item in enumerate(chunk):
-                if index in deadly:
-                    records.append(self._refuse(item[1]))
-                else:
-                    ray.get(self.desk.begin.remote(number, index))
-                    records += self.caption([item])
-                    ray.get(self.desk.end.remote(number, index))
-            return records
+                try:
+                    return self.caption(chunk)
+                except (ValueError, ImportError):
+                    raise
+                except Exception:  # memory, or a bug; one by one it hits one file
+                    pass
+            return [self._alone(number, index, item, index in deadly) for index, item in enumerate(chunk)]
         except (ValueError, ImportError) as error:
             return str(error)
+
+    def _alone(self, number: int, index: int, item: tuple[int, Source], deadly: bool) -> Record:
+        """Caption one source of a chunk of which something is wrong; have it known while that lasts."""
+        import ray
+
+        if deadly:
+            return self._refuse(item[1], "whatever process reads it dies; look at it with another program")
+        ray.get(self.desk.begin.remote(number, index))
+        try:
+            (record,) = self.caption([item])
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:
+            record = self._refuse(item[1], f"{type(error).__name__}: {_line(error)}")
+        ray.get(self.desk.end.remote(number, index))
+        return record
 
     def caption(self, chunk: Chunk) -> list[Record]:
         """Return the records of a chunk's sources, in order."""
@@ -396,11 +414,10 @@ class Worker:
         )
         return [self._record(result) for result in results]
 
-    def _refuse(self, source: Source) -> Record:
+    def _refuse(self, source: Source, reason: str) -> Record:
         from captioner.batch.media import FileResult
 
-        reason = f"{source.path}: whatever process reads it dies; look at it with another program"
-        return self._record(FileResult(source.path, None, reason))
+        return self._record(FileResult(source.path, None, f"{source.path}: {reason}"))
 
     def _record(self, result: FileResult | ClipResult) -> Record:
         from captioner.batch.media import to_record

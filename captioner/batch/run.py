@@ -271,13 +271,8 @@ class Run:
         entry = Entry(
             record["path"], source.size, source.modified, sum_, record, finished.preview, finished.likeness
         )
-        if record["error"] is None:
-            self.counts.captioned += 1
-            self.counts.doubtful += self.is_doubtful(record)
-        else:
-            self.counts.failed += 1
         self._waiting.append((entry, source))
-        self.tick(self.counts.seen)
+        self.tick(self.counts.seen + len(self._waiting))
         if len(self._waiting) >= COMMIT_FILES or time.monotonic() - self._committed >= COMMIT_SECONDS:
             self.flush()
 
@@ -299,9 +294,15 @@ class Run:
             for ledger in self.ledgers:
                 ledger.prepare(replaces)
             self.journal.commit()
-        except OSError:
+        except BaseException:  # a second Ctrl-C, too: nothing must be noted by halves
+            self.journal.roll_back()
             self._waiting = waiting + self._waiting
             raise
+        for entry, _ in waiting:
+            failed = entry.record["error"] is not None
+            self.counts.failed += failed
+            self.counts.captioned += not failed
+            self.counts.doubtful += self.is_doubtful(entry.record)
         self._write_beside(
             [
                 (entry.path, source, entry.record)

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -315,6 +316,7 @@ def tab(demo: Demo) -> None:
         )
         n_best = gr.Slider(1, 10, 1, step=1, label="Captions", info="How many to list, best first")
     handed = gr.JSON(visible="hidden")
+    taken = gr.JSON(visible="hidden")
     settings = [beam, penalty, n_best]
     everything = [session, view, downloads]
 
@@ -323,9 +325,10 @@ def tab(demo: Demo) -> None:
 
     def uploaded(path: str | None, model: str, *chosen: Any) -> tuple[Any, ...]:
         if not path:
-            return tuple(gr.skip() for _ in everything)
+            return tuple(gr.skip() for _ in (*everything, taken))
         with demo.mistakes():
-            return shown(open_photo(demo.engine(model), demo.limits, path, search_options(*chosen)))
+            found = open_photo(demo.engine(model), demo.limits, path, search_options(*chosen))
+            return *shown(found), {"turn": time.monotonic_ns()}
 
     def picked(event: gr.EventData, model: str, *chosen: Any) -> tuple[Any, ...]:
         with demo.mistakes():
@@ -351,13 +354,13 @@ def tab(demo: Demo) -> None:
             )
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal", **demo.model_queue}
-
-    def emptied(path: str | None) -> Any:
-        return None if path else gr.skip()  # for some versions, a camera that is opened is an input, too
-
-    upload.input(uploaded, [upload, demo.model, *settings], everything, **quiet).then(
-        emptied, upload, upload, queue=False, api_visibility="private", show_progress="hidden"
+    # The upload is emptied when it has been captioned or refused. Opening the camera is an input without a
+    # path, after which it must be left alone: Gradio 6.0 closes the camera when it is sent anything.
+    empty: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+    upload.input(uploaded, [upload, demo.model, *settings], [*everything, taken], **quiet).failure(
+        lambda: None, None, upload, **empty
     )
+    taken.change(lambda: None, None, upload, **empty)
     shelf.submit(picked, [demo.model, *settings], everything, **quiet)
     view.submit(touched, [session, demo.model], everything, **quiet)
     for slider in settings:

@@ -173,7 +173,17 @@ class Fatal(Source):
         raise SystemExit
 
 
-def test_what_workers_die_of_is_found_out(model: Path, folder: Path, cluster: Any) -> None:
+@dataclass(frozen=True)
+class Broken(Source):
+    """Meets a mistake in whoever reads it."""
+
+    def read(self) -> bytes:
+        raise RuntimeError("no such\nthing")
+
+
+def test_what_workers_die_of_is_found_out(
+    model: Path, folder: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     desk = ray.remote(Desk).options(num_cpus=0).remote()
@@ -188,9 +198,8 @@ def test_what_workers_die_of_is_found_out(model: Path, folder: Path, cluster: An
         "threads": 1,
         "gpu": False,
     }
-    here = os.getcwd()
+    monkeypatch.chdir(folder)  # where the worker goes
     worker = Worker(desk, setup)
-    os.chdir(here)
     chunk = list(enumerate([Source("a", "00.png"), Fatal("fatal"), Source("c", str(folder / "02.png"))]))
     ray.get(desk.add.remote({7: ray.cloudpickle.dumps(chunk)}, [], True))
     assert ray.get(desk.after.remote(0)) == [7]
@@ -204,7 +213,10 @@ def test_what_workers_die_of_is_found_out(model: Path, folder: Path, cluster: An
     assert records[1]["error"] == "fatal: whatever process reads it dies; look at it with another program"
     assert records[1]["looked"] is None
     assert records[2]["looked"] == len(records[2]["caption"])
-    ray.get(desk.add.remote({}, [7], True))
+    chunk = [(0, Broken("broken")), (1, Source("d", "03.png"))]
+    ray.get(desk.add.remote({8: ray.cloudpickle.dumps(chunk)}, [7], True))
+    (records,) = (pickle.loads(pickled) for pickled in worker({"number": [8]})["records"])
+    assert [record["error"] for record in records] == ["broken: RuntimeError: thing", None]
     assert [pickle.loads(pickled) for pickled in worker(batch)["records"]] == [None]
     ray.kill(desk)
 

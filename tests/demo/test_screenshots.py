@@ -59,7 +59,7 @@ def video(page: Any, folder: Path) -> None:
     until(page, "() => document.querySelector('.cap-clip video').readyState >= 2")
     page.click(".cap-block[data-segment='1']")
     page.click(".cap-clip .cap-word:text-is('cat')")
-    until(page, "() => { const v = document.querySelector('.cap-clip video'); return !v.seeking; }")
+    until(page, "() => { const v = document.querySelector('.cap-clip video'); return !v.seeking && v.readyState >= 3; }")
     until(page, "() => Array.from(document.querySelectorAll('.cap-frame img')).every((i) => i.complete)")
 
 
@@ -76,7 +76,7 @@ SHOTS = {
     "demo_photo": Shot("Photo", photo, 1280, 850),
     "demo_dark": Shot("Photo", photo, 1280, 850, "dark"),
     "demo_video": Shot("Video", video, 1280, 1080),
-    "demo_folder": Shot("Folder", photos, 1280, 760),
+    "demo_folder": Shot("Folder", photos, 1280, 790),
     "demo_phone": Shot("Photo", photo, 390, 844, "light", 2),
 }
 

@@ -43,13 +43,13 @@ from pathlib import Path
 size = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**30,) * 2)
 for path in sys.argv[1:]:
-    begun = time.monotonic()
+    begun = time.process_time()
     try:
         said = Captioner.load(path, device="cpu").caption(np.zeros((50, 300, 3), np.uint8), beam=1)
         print("LOADED", end="")
     except CheckpointError as error:
         assert str(error).isprintable() and path in str(error) and len(str(error)) < 5000
-        print(f"refused in {time.monotonic() - begun:.1f} s: {str(error)[-300:]}", end="")
+        print(f"refused in {time.process_time() - begun:.1f} s: {str(error)[-300:]}", end="")
     print(flush=True)
 """
 
@@ -201,7 +201,7 @@ def test_malicious_checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=300,
         check=False,
     )
     lines = done.stdout.splitlines()

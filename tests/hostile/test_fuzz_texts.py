@@ -264,20 +264,20 @@ def test_merges_of_merges_do_not_grow(place: Path) -> None:
     levels += [f"l{n}: &l{n} {{<<: [{', '.join([f'*l{n - 1}'] * 10)}]}}" for n in range(1, 11)]
     path = place / "laughs.yaml"
     path.write_text("\n".join(levels), "utf-8")
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ConfigError, match="unknown key"):
         load_config(path)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_aliases_of_aliases_do_not_grow(place: Path) -> None:
     levels = ["l0: &l0 [x]"] + [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 11)]
     path = place / "laughs.yaml"
     path.write_text("\n".join(levels) + "\nname: *l10\nstages: *l10\ndata: *l10\n", "utf-8")
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ConfigError):
         load_config(path)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_a_key_with_a_line_break_stays_one_line(place: Path) -> None:
