@@ -509,6 +509,8 @@ def caption(
                 fail(f"{option} needs --engine ray")
         if not paths:
             fail("give files, folders or patterns, or - for a list on standard input")
+        if watch and engine is EngineName.ray:
+            fail("--watch does not go together with --engine ray: a cluster is for what is there already")
         with mistakes():
             from captioner.batch.command import Batch, run_batch
 

@@ -149,7 +149,7 @@ def _reports(folders: list[str], recursive: bool, tick: float, stop: Event) -> G
         except (OSError, RuntimeError) as error:  # gone, or out of watches
             raise WatchError(
                 f"{', '.join(folders)}: cannot be watched: {' '.join(str(error).split())}; "
-                "--poll lists the folders instead"
+                "on Linux fs.inotify.max_user_watches limits it"
             ) from None
 
     return run()

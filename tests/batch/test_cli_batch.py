@@ -110,6 +110,7 @@ MISTAKES = {
     "--min-confidence 0.5": "--min-confidence is for a batch",
     "--output o.jsonl --workers 2": "--workers needs --engine ray",
     "--output o.jsonl --srt a.srt": "--srt a.srt: in a batch, give --srt beside for a file next to each",
+    "--watch --engine ray": "--watch does not go together with --engine ray",
     "--report r.pdf": "--report r.pdf: expected a name that ends in .html",
 }
 

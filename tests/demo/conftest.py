@@ -58,7 +58,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], 
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         running.append((server, thread))
-        for _ in range(400):
+        for _ in range(2400):
             if server.started:
                 return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
             time.sleep(0.05)

@@ -21,11 +21,11 @@ def read(name: str) -> bytes:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.01)
-    raise AssertionError("waited for ten seconds")
+    raise AssertionError("waited for a minute")
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_requests_that_wait_are_captioned_together_and_none_spoils_another(
     photos = [read("cheetah1.jpg"), read("lion.jpg"), read("bus.png")]
     alone = [fresh.captioner.caption(photo, beam=1).text for photo in photos]
     gate, work = threading.Event(), fresh._work
-    monkeypatch.setattr(fresh, "_work", lambda jobs: (gate.wait(10), work(jobs)))
+    monkeypatch.setattr(fresh, "_work", lambda jobs: (gate.wait(60), work(jobs)))
     answers: dict[int, object] = {}
 
     def ask(i: int, **options: object) -> None:

@@ -59,7 +59,10 @@ def video(page: Any, folder: Path) -> None:
     until(page, "() => document.querySelector('.cap-clip video').readyState >= 2")
     page.click(".cap-block[data-segment='1']")
     page.click(".cap-clip .cap-word:text-is('cat')")
-    until(page, "() => { const v = document.querySelector('.cap-clip video'); return !v.seeking && v.readyState >= 3; }")
+    until(
+        page,
+        "() => (v => !v.seeking && v.readyState >= 3)(document.querySelector('.cap-clip video'))",
+    )
     until(page, "() => Array.from(document.querySelectorAll('.cap-frame img')).every((i) => i.complete)")
 
 
