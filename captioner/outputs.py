@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from captioner.batch import ClipResult, FileResult
+    from captioner.batch.media import ClipResult, FileResult
     from captioner.caption import Caption, Segment, VideoCaption
     from captioner.captioner import Captioner
     from captioner.video import Frame
@@ -293,13 +293,13 @@ class Writer:
 
     def record(self, result: FileResult | ClipResult) -> dict[str, Any]:
         """Return the record of a result."""
-        from captioner.batch import to_record
+        from captioner.batch.media import to_record
 
         return to_record(result, self.model, self.model_sha256, attention=self.attention)
 
     def write(self, result: FileResult | ClipResult) -> None:
         """Print a file's result; of a video, what `write_segment` has left."""
-        from captioner.batch import FileResult
+        from captioner.batch.media import FileResult
 
         if isinstance(result, FileResult) and result.caption is not None:
             self._lines(f"{result.path}: " if self.heads else "", result.caption)
@@ -381,7 +381,7 @@ class CsvWriter(Writer):
 
     def write(self, result: FileResult | ClipResult) -> None:
         """Print the row of a photo, or of what is wrong with a video."""
-        from captioner.batch import ClipResult
+        from captioner.batch.media import ClipResult
 
         if isinstance(result, ClipResult):
             if result.error is None:

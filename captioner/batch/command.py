@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -16,8 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from captioner import identity
+from captioner.batch.engines import Seeds, identity_of, local_engine, look_closely, ray_engine
 from captioner.batch.journal import Journal
-from captioner.batch.run import Beside, Counts, Engine, Finished, Run, Stopped
+from captioner.batch.run import Beside, Counts, Engine, Run, Stopped, errors_of, journal_of
 from captioner.batch.sources import Missing, Source, find_sources
 from captioner.batch.tables import check_output, image_id, to_json
 from captioner.console import (
@@ -105,14 +105,7 @@ class Batch:
     @property
     def errors(self) -> Path:
         """Where what could not be captioned is listed."""
-        return self.place.with_name(f"{self.place.stem.lstrip('.')}.errors.jsonl")
-
-    def identity(self, fingerprint: str | None = None) -> str:
-        """Name all that a caption depends on; the fingerprint is the model's unless one is given."""
-        fingerprint = fingerprint or identity.fingerprint(self.model or identity.BUILT_IN)
-        options = {k: v for k, v in self.options.items() if k != "seed" or self.options.get("sample")}
-        asked = {"precision": self.precision, "options": options, "clips": dict(self.clips)}
-        return f"{fingerprint} {json.dumps(asked, sort_keys=True, default=str)}"
+        return errors_of(self.place)
 
 
 def run_batch(batch: Batch) -> int:
@@ -129,10 +122,15 @@ def run_batch(batch: Batch) -> int:
     checks = batch.sidecars or batch.srt or batch.vtt or _is_coco(batch)
     found = _checked(batch) if checks else None
     place = batch.place
-    with Journal(batch.journal or place.with_name(f"{place.name}.journal")) as journal:
+    with Journal(batch.journal or journal_of(place)) as journal:
         run = Run(
             journal,
-            batch.identity(),
+            identity_of(
+                identity.fingerprint(batch.model or identity.BUILT_IN),
+                batch.options,
+                batch.clips,
+                batch.precision,
+            ),
             output=batch.output,
             errors=batch.errors,
             min_confidence=batch.min_confidence,
@@ -268,14 +266,14 @@ def _caption(
 ) -> None:
     from captioner.outputs import Progress
 
-    load = load or (lambda: load_captioner(batch))
+    load = load or (lambda: _load(batch))
 
     with Progress(None if found is None else len(found), dict(batch.clips)) as progress:
         run.tick = progress.reach
         if found is None and progress.shown and "-" not in batch.paths:
             threading.Thread(target=_count, args=(batch, progress), daemon=True).start()
         records = run.run(
-            batch.find() if found is None else found, lambda: make_engine(batch, run, progress, load)
+            batch.find() if found is None else found, lambda: _make_engine(batch, run, progress, load)
         )
         for record in records:
             if record["error"] is not None:
@@ -290,14 +288,23 @@ def _count(batch: Batch, progress: Progress) -> None:
         return
 
 
-def make_engine(batch: Batch, run: Run, progress: Progress, load: Callable[[], Captioner]) -> Engine:
+def _make_engine(batch: Batch, run: Run, progress: Progress, load: Callable[[], Captioner]) -> Engine:
     """Return what captions: this machine, or Ray."""
     options = dict(batch.options)
     if options.get("sample"):
-        options["seed"] = _Seeds(options.get("seed", 0))
+        options["seed"] = Seeds(options.get("seed", 0))
     look = look_closely if batch.report is not None else None
     if batch.ray:
-        return _ray_engine(batch, options, look)
+        return ray_engine(
+            model=batch.model,
+            options=options,
+            clips=batch.clips,
+            batch_size=batch.batch_size,
+            precision=batch.precision,
+            look=look,
+            address=batch.address,
+            workers=batch.workers,
+        )
     captioner = load()
 
     def report(path: str, seconds: float) -> None:
@@ -315,19 +322,7 @@ def make_engine(batch: Batch, run: Run, progress: Progress, load: Callable[[], C
     )
 
 
-class _Seeds:
-    """Seeds that a file keeps, wherever in a list it stands."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __call__(self, path: str) -> int:
-        from zlib import crc32
-
-        return self.seed + crc32(os.fsencode(path))
-
-
-def load_captioner(batch: Batch) -> Captioner:
+def _load(batch: Batch) -> Captioner:
     """Load the model."""
     import torch
 
@@ -338,50 +333,6 @@ def load_captioner(batch: Batch) -> Captioner:
     return Captioner.load(batch.model, device=batch.device, precision=batch.precision)
 
 
-def local_engine(captioner: Captioner, **options: Any) -> Engine:
-    """Return what captions on this machine; options are those of `captioner.batch.caption_media`."""
-    from captioner.batch.media import caption_media, to_record
-
-    def engine(sources: Iterator[Source]) -> Iterator[Finished]:
-        for result in caption_media(captioner, sources, **options):
-            record = to_record(result, captioner.header.name, captioner.fingerprint)
-            yield Finished(record, *(result.looked or (None, None)))
-
-    return engine
-
-
-def _ray_engine(batch: Batch, options: Mapping[str, Any], look: Callable[..., Any] | None) -> Engine:
-    from captioner.batch.on_ray import caption_on_ray
-
-    def engine(sources: Iterator[Source]) -> Iterator[Finished]:
-        for record in caption_on_ray(
-            sources,
-            model=batch.model,
-            options=options,
-            clips=batch.clips,
-            batch_size=batch.batch_size,
-            precision=batch.precision,
-            look=look,
-            address=batch.address,
-            workers=batch.workers,
-        ):
-            looked = record.pop("looked", None)
-            yield Finished(record, *(looked or (None, None)))
-
-    return engine
-
-
-def look_closely(
-    pixels: Any, fit: Any, caption: Any, frame: int | None = None, first_word: int = 0
-) -> tuple[bytes, bytes | None]:
-    """Return what the report shows of a photo or a video's frame, and a photo's perceptual hash."""
-    from captioner.batch.alike import perceptual_hash
-    from captioner.batch.page import preview
-
-    shown = preview(pixels, fit, caption, frame or 0, first_word)
-    return shown, perceptual_hash(pixels, fit) if frame is None else None
-
-
 def _watch(batch: Batch, run: Run) -> None:
     """Go on as files arrive."""
     from captioner.batch.watch import watch
@@ -390,7 +341,7 @@ def _watch(batch: Batch, run: Run) -> None:
 
     def load() -> Captioner:
         if not kept:
-            kept.append(load_captioner(batch))
+            kept.append(_load(batch))
         return kept[0]
 
     say(f"watching {', '.join(batch.paths)}; Ctrl-C ends it")
@@ -494,7 +445,7 @@ def apply(
 
     wish: dict[str, Any] = {"sidecars": sidecars, "alt_text": alt_text, "existing": existing}
     wish.update(before=before, after=after, dry_run=dry_run)
-    place = journal or table.with_name(f"{table.name}.journal")
+    place = journal or journal_of(table)
     if not place.exists():
         if journal is not None:
             fail(f"--journal {journal}: there is no such file")

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioner.batch.command import Batch, load_captioner, local_engine
+from captioner import identity
+from captioner.batch.engines import Seeds, identity_of, local_engine
 from captioner.batch.journal import Journal
-from captioner.batch.run import Run
+from captioner.batch.run import Run, errors_of, journal_of
 from captioner.batch.sources import Missing, Source, find_sources
 from captioner.batch.tables import check_output
 from captioner.console import printable
@@ -65,14 +66,32 @@ def caption_records(
         raise ValueError(f"errors must be one of {', '.join(ERRORS)}, not {errors!r}")
     found = find_sources(inputs, recursive=recursive, column=column)
     asked = {"batch_size": batch_size, "clips": clips or {}, **options}
+    if options.get("sample"):
+        asked["seed"] = Seeds(options.get("seed", 0))  # so that it does not matter where a run was stopped
+    loaded = _Loaded(captioner)
     if output is None:
-        records = _plain(found, captioner, asked)
+        records = _plain(found, loaded, asked)
     else:
         place = Path(output)
         check_output(place)
-        batch = Batch([], output=place, clips=clips or {}, options=options)
-        records = _kept(batch, found, captioner, asked, min_confidence, checksum)
+        sha = identity.fingerprint(identity.BUILT_IN) if captioner is None else captioner.fingerprint
+        name = identity_of(sha, options, clips or {})
+        records = _kept(place, name, found, loaded, asked, min_confidence, checksum)
     return _by_policy(records, errors, progress)
+
+
+class _Loaded:
+    """The captioner that was given, or the built-in one when it is needed."""
+
+    def __init__(self, captioner: Captioner | None) -> None:
+        self._captioner = captioner
+
+    def __call__(self) -> Captioner:
+        if self._captioner is None:
+            from captioner.captioner import Captioner
+
+            self._captioner = Captioner.load()
+        return self._captioner
 
 
 def _by_policy(records: Iterator[dict[str, Any]], errors: str, progress: bool) -> Iterator[dict[str, Any]]:
@@ -88,9 +107,8 @@ def _by_policy(records: Iterator[dict[str, Any]], errors: str, progress: bool) -
 
 
 def _plain(
-    found: Iterator[Source | Missing], captioner: Captioner | None, options: dict[str, Any]
+    found: Iterator[Source | Missing], load: _Loaded, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    captioner = captioner or load_captioner(Batch([]))
     missing: list[Missing] = []
 
     def sources() -> Iterator[Source]:
@@ -100,44 +118,41 @@ def _plain(
             else:
                 yield item
 
-    for finished in local_engine(captioner, **options)(sources()):
+    for finished in local_engine(load(), **options)(sources()):
         yield finished.record
-        yield from (_missing_record(item, captioner) for item in missing)
+        yield from _missing_records(missing, load)
         missing.clear()
-    yield from (_missing_record(item, captioner) for item in missing)
+    yield from _missing_records(missing, load)
 
 
-def _missing_record(missing: Missing, captioner: Captioner) -> dict[str, Any]:
-    from captioner.batch.media import FileResult, to_record
+def _missing_records(missing: Iterable[Missing], load: _Loaded) -> Iterator[dict[str, Any]]:
+    for item in missing:
+        from captioner.batch.media import FileResult, to_record
 
-    result = FileResult(missing.path, None, printable(missing.reason))
-    return to_record(result, captioner.header.name, captioner.fingerprint)
+        result = FileResult(item.path, None, printable(item.reason))
+        yield to_record(result, load().header.name, load().fingerprint)
 
 
 def _kept(
-    batch: Batch,
+    place: Path,
+    name: str,
     found: Iterator[Source | Missing],
-    captioner: Captioner | None,
+    load: _Loaded,
     options: dict[str, Any],
     min_confidence: float,
     use_checksum: bool,
 ) -> Iterator[dict[str, Any]]:
-    identity = batch.identity() if captioner is None else batch.identity(captioner.fingerprint)
-    place = batch.place
-    with Journal(place.with_name(f"{place.name}.journal")) as journal:
+    with Journal(journal_of(place)) as journal:
         run = Run(
             journal,
-            identity,
+            name,
             output=place,
-            errors=batch.errors,
+            errors=errors_of(place),
             min_confidence=min_confidence,
             use_checksum=use_checksum,
         )
         try:
-            yield from run.run(found, lambda: local_engine(captioner or load_captioner(batch), **options))
+            yield from run.run(found, lambda: local_engine(load(), **options))
         finally:
             run.finish()
-        if run.counts.missing:
-            captioner = captioner or load_captioner(batch)
-            for path, reason in run.counts.missing:
-                yield _missing_record(Missing(path, reason), captioner)
+        yield from _missing_records([Missing(*item) for item in run.counts.missing], load)

@@ -399,6 +399,16 @@ class Run:
                 file.write(f"{to_json({'path': path, 'error': error})}\n".encode())
 
 
+def journal_of(place: Path) -> Path:
+    """Return where the journal of a table is."""
+    return place.with_name(f"{place.name}.journal")
+
+
+def errors_of(place: Path) -> Path:
+    """Return where the errors of a table are listed."""
+    return place.with_name(f"{place.stem.lstrip('.')}.errors.jsonl")
+
+
 def tag(name: str, output: Beside) -> str:
     """Return what the journal calls an output, its options included."""
     return f"{name}:{zlib.crc32(repr(sorted(vars(output).items())).encode()):08x}"

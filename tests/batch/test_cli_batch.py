@@ -320,6 +320,14 @@ def test_records_that_are_kept(run: Run, model: Path) -> None:
     assert said(read("o.jsonl")) == said(plain(run))
 
 
+def test_the_command_line_and_python_go_on_with_each_others_work(run: Run, model: Path) -> None:
+    captioner = Captioner.load(model, device="cpu")
+    Path("p/bad.jpg").unlink()
+    run("caption", "p", "-o", "o.jsonl", "--prefix", "two", "--beam", 2)
+    assert list(caption_records("p", captioner=captioner, output="o.jsonl", prefix="two", beam=2)) == []
+    assert len(list(caption_records("p", captioner=captioner, output="o.jsonl", prefix="two"))) == 6
+
+
 def test_apply(run: Run, model: Path) -> None:
     Path("p/bad.jpg").unlink()
     run("caption", "p", "-o", "o.csv", "--sidecars")
