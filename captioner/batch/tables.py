@@ -67,7 +67,7 @@ def rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**common, "caption": "", "error": record["error"], "seconds": record["seconds"]}
 
 
-_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_FORMULA = re.compile(r"'*[=+\-@\t\r＝＋－＠]")
 
 
 def guard(text: str) -> str:

@@ -86,11 +86,15 @@ def build(
     blocks.state_session_capacity = sessions
     blocks.queue(max_size=waiting, default_concurrency_limit=demo.workers)
     blocks._queue.event_analytics = _Newest(1000 + 4 * waiting)
+    blocks._queue.event_ids_to_events = _Newest(1000 + 4 * waiting)
     return blocks
 
 
 class _Newest(dict[str, Any]):
-    """What Gradio notes of each event: of the newest alone, where it would note all (6.0) or 10,000."""
+    """What Gradio notes of each event: of the newest alone, many more than can wait or be worked on.
+
+    It would note 10,000, and all in its first versions.
+    """
 
     def __init__(self, most: int) -> None:
         super().__init__()

@@ -336,9 +336,8 @@ def test_what_the_page_relies_on_is_there(engine: Engine) -> None:
     assert get_upload_folder()
     blocks = build(engine)
     mount(FastAPI(), blocks=blocks)
-    assert {"event_analytics", "pending_event_ids_session", "pending_messages_per_session"} <= set(
-        vars(blocks._queue)
-    )
+    assert {"event_analytics", "event_ids_to_events", "pending_event_ids_session"} <= set(vars(blocks._queue))
+    assert "pending_messages_per_session" in vars(blocks._queue)
     assert {"lock", "session_data", "time_last_used"} <= set(vars(blocks.state_holder))
 
 
@@ -390,11 +389,12 @@ def test_a_call_that_has_its_answer_leaves_nothing_behind(
 
 
 def test_what_is_noted_of_events_is_bounded(engine: Engine) -> None:
-    noted = build(engine, waiting=1)._queue.event_analytics
-    for number in range(3000):
-        noted[str(number)] = {}
-    assert list(noted)[-1] == "2999"
-    assert len(noted) == 1004
+    queue = build(engine, waiting=1)._queue
+    for noted in (queue.event_analytics, queue.event_ids_to_events):
+        for number in range(3000):
+            noted[str(number)] = {}
+        assert list(noted)[-1] == "2999"
+        assert len(noted) == 1004
 
 
 def test_analytics_are_off(engine: Engine) -> None:

@@ -94,7 +94,7 @@ def test_hundreds_of_tabs(
     assert not any(state() for state in states)  # the oldest have been freed
     assert after < before + 60  # for their connections; the state of 300 would be 60 MB more
     assert httpx.get(url, timeout=60).status_code == 200
-    assert len(blocks._queue.event_ids_to_events) == 0
+    assert len(blocks._queue.event_ids_to_events) <= 1000 + 4 * (count + 100)
 
 
 def test_a_session_costs_little(engine: Engine) -> None:

@@ -250,6 +250,7 @@ def test_fuzz_damaged_configs(seeds: list[int], piece: str, at: int, place: Path
         ("msrvtt", json.dumps({**MSRVTT, "sentences": [{"video_id": [], "caption": "x"}]})),
         ("msvd", TEXTS["msvd table"].replace(",0,5,", ",²,5,")),
         ("coco", json.dumps({**COCO, "images": [{"id": "a\nb\x1b[0m", "file_name": ""}]})),
+        (None, "x\ry z\n"),
     ],
 )
 def test_annotations_that_raised_something_else(kind: str | None, data: str, place: Path) -> None:

@@ -432,6 +432,8 @@ def _msvd(text: str, path: Path) -> Source:
             if number == 1 or not any(row):
                 if number == 1:
                     columns = [_normal(cell) for cell in row]
+                    if "description" not in columns:  # the line ends elsewhere than it seemed
+                        raise DataError(f"{path}: line 1: no column Description")
                     caption, language = (
                         columns.index("description"),
                         columns.index("language") if ("language" in columns) else -1,
@@ -508,7 +510,7 @@ def _delimited(text: str, path: Path) -> Source:
         if len(columns) > 1 and _suffix(columns[0]) in PHOTO_SUFFIXES | VIDEO_SUFFIXES:
             columns = ["path", *(f"caption{i}" for i in range(1, len(columns)))]
             return _table(columns, _csv(text, delimiter, path), path, _TITLES[delimiter])
-    columns = max(found.values(), key=len)
+    columns = max(found.values(), key=len, default=[])  # none: a line end of its own within the line
     if len(columns) < 2:
         raise DataError(
             f"{path}: no format that can be read: the first line is {head[:60]!r}; a table needs columns "
