@@ -927,6 +927,7 @@ def caption_each(paths: list[bytes], model: str = "") -> Iterator[dict[str, Any]
                     [sys.executable, __file__, "--worker", "--model", model],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
+                    env={**os.environ, "PYTHONWARNINGS": "ignore"},  # as the command line does
                 )
                 answer()
             assert process.stdin is not None

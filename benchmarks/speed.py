@@ -83,8 +83,8 @@ def encoders(
     import torch
 
     from captioner import checkpoint
-    from captioner.identity import BUILT_IN
     from captioner.encoder import compute
+    from captioner.identity import BUILT_IN
     from captioner.images import load, normalise
     from captioner.parallel import ahead
 

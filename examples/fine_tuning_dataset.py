@@ -3,8 +3,8 @@
     python examples/fine_tuning_dataset.py PHOTOS DATASET [TRIGGER]
 
 Writes DATASET/metadata.jsonl with ``file_name`` and ``text``, the layout that Hugging Face's image folders
-and most fine-tuning scripts read, and links (or copies) the photos beside it. Captions are neutral, begin with
-TRIGGER if one is given, and doubtful ones are left out.
+and most fine-tuning scripts read, and links (or copies) the photos beside it. Captions are neutral, begin
+with TRIGGER if one is given, and doubtful ones are left out.
 """
 
 from __future__ import annotations

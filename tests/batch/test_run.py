@@ -226,9 +226,7 @@ def test_a_table_that_is_gone_is_written_again(pictures: Path) -> None:
 
 def test_a_file_of_somebody_else_is_not_replaced(pictures: Path) -> None:
     Path("out.jsonl").write_text("mine\n")
-    with pytest.raises(
-        TableFormatError, match=r"^out\.jsonl: this file exists, and out\.jsonl\."
-    ):
+    with pytest.raises(TableFormatError, match=r"^out\.jsonl: this file exists, and out\.jsonl\."):
         go()
     assert Path("out.jsonl").read_text() == "mine\n"
 
