@@ -196,6 +196,29 @@ class Journal:
         """Return all that files here were captioned by, first first."""
         return [text for (text,) in self._execute("SELECT text FROM identities ORDER BY id")]
 
+    def differing(self, files: Sequence[tuple[str, int, int, str]], identity: int, written: str) -> set[str]:
+        """Return the paths of those files that are not done, or not quite as they were.
+
+        What is as it was is so without a look at the row in Python: there may be very many.
+
+        Args:
+            files: path, size, modified time and checksum of each.
+            identity, written: as they have to be, see `Done`.
+        """
+        if not files:
+            return set()
+        values: list[Any] = []
+        for path, size, modified, checksum in files:
+            values += path.encode("utf-8", "surrogateescape"), size, modified, checksum
+        rows = self._execute(
+            f"WITH found (path, size, modified, checksum) AS (VALUES {','.join(['(?,?,?,?)'] * len(files))}) "
+            "SELECT found.path FROM found LEFT JOIN files USING (path) WHERE files.id IS NULL "
+            "OR files.size <> found.size OR files.modified <> found.modified "
+            "OR files.checksum <> found.checksum OR identity <> ? OR failed OR written <> ?",
+            [*values, identity, written],
+        )
+        return {path.decode("utf-8", "surrogateescape") for (path,) in rows}
+
     def done(self, paths: Sequence[str]) -> list[Done | None]:
         """Return what is known of files, None of those that are new."""
         keys = [path.encode("utf-8", "surrogateescape") for path in paths]

@@ -190,16 +190,16 @@ class Run:
         while not self.stopping and (chunk := list(islice(found, CHUNK))):
             sources = [item for item in chunk if isinstance(item, Source)]
             self.counts.missing += ((m.path, m.reason) for m in chunk if isinstance(m, Missing))
-            known = self.journal.done([source.path for source in sources])
             sums = self._checksums(sources)
-            for source, sum_, done in zip(sources, sums, known, strict=True):
+            asked = [(s.path, s.size, s.modified, sum_) for s, sum_ in zip(sources, sums, strict=True)]
+            differing = self.journal.differing(asked, self._identity, self._tags)
+            self.counts.skipped += len(sources) - len(differing)
+            rest = [(s, sum_) for s, sum_ in zip(sources, sums, strict=True) if s.path in differing]
+            known = self.journal.done([source.path for source, _ in rest])
+            for (source, sum_), done in zip(rest, known, strict=True):
                 if self.stopping:
                     return
-                if done is not None and (
-                    # what is as it was needs no closer look: there may be very many
-                    (source.size, source.modified, sum_, self._identity, False, self._tags) == done[1:]
-                    or self._is_done(source, sum_, done)
-                ):
+                if done is not None and self._is_done(source, sum_, done):
                     self.counts.skipped += 1
                     continue
                 self._in_work[source.path] = source, sum_
