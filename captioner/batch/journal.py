@@ -99,7 +99,7 @@ class Journal:
             if not self._execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 for statement in _TABLES.split(";"):
                     self._execute(statement)
-                self.set("version", VERSION)
+                self.put("version", VERSION)
             self.commit()
             version = self.get("version")
         except sqlite3.OperationalError as error:
@@ -172,7 +172,7 @@ class Journal:
         row = self._execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return default if row is None else json.loads(row[0])
 
-    def set(self, key: str, value: Any) -> None:
+    def put(self, key: str, value: Any) -> None:
         """Keep a small value of plain types."""
         self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 

@@ -125,7 +125,7 @@ class Ledger:
 
     def _note(self, **changes: Any) -> None:
         self._state.update(changes)
-        self.journal.set(self._key, self._state)
+        self.journal.put(self._key, self._state)
 
     def _is_as_noted(self) -> bool:
         """Tell whether the file is what was noted, but for what a kill has left behind its end."""
