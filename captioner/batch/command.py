@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
     from captioner.captioner import Captioner
     from captioner.outputs import Progress
 
+COMPLAINTS = 20
+"""How many errors are told as they come."""
 SHOWN = 3
-"""How many kinds of error are told at the end of a run."""
+"""How many kinds of error are told at the end of a run with more."""
 
 
 @dataclass
@@ -270,14 +273,23 @@ def _caption(
 
     with Progress(None if found is None else len(found), dict(batch.clips)) as progress:
         run.tick = progress.reach
+        complaints = itertools.count(1)
+
+        def complain(reason: str) -> None:
+            number = next(complaints)
+            if number <= COMPLAINTS:
+                progress.say(reason)
+            elif number == COMPLAINTS + 1:
+                progress.say(f"further errors: see {batch.errors}")
+
+        run.complain = complain
         if found is None and progress.shown and "-" not in batch.paths:
             threading.Thread(target=_count, args=(batch, progress), daemon=True).start()
         records = run.run(
             batch.find() if found is None else found, lambda: _make_engine(batch, run, progress, load)
         )
-        for record in records:
-            if record["error"] is not None:
-                progress.say(record["error"])
+        for _ in records:
+            pass
 
 
 def _count(batch: Batch, progress: Progress) -> None:
@@ -411,7 +423,7 @@ def _summarise(batch: Batch, run: Run) -> None:
             say(f"{path}: {reason}" if not reason.startswith(path) else reason)
         if len(counts.kept) > SHOWN:
             say(f"and {len(counts.kept) - SHOWN:,} more files beside which nothing was written")
-    if failures:
+    if failures > COMPLAINTS:
         kinds = Counter(error.removeprefix(f"{printable(path)}: ") for path, error in run.failures())
         for reason, count in kinds.most_common(SHOWN):
             say(f"{count:,} x {reason}")

@@ -13,6 +13,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,8 +138,15 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Close; what was not committed is forgotten."""
+        """Close; what was not committed is forgotten, and a journal of nothing is removed."""
+        empty = False
+        with suppress(sqlite3.Error):
+            self.roll_back()
+            empty = not self.last()
         self._connection.close()
+        if empty:
+            with suppress(OSError):
+                self.path.unlink()
 
     def _execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._connection.execute(statement, values)

@@ -104,6 +104,7 @@ class Run:
         use_checksum: bool = False,
         beside: Mapping[str, Beside] | None = None,
         tick: Callable[[int], object] = lambda files: None,
+        complain: Callable[[str], object] = lambda reason: None,
     ) -> None:
         """Begin a run.
 
@@ -118,6 +119,7 @@ class Run:
             use_checksum: tell changed files by their content.
             beside: what is written beside files, by a short name without a comma.
             tick: called with how many files are done, as often as that changes.
+            complain: called with the reason why a file cannot be captioned, or an input stands for none.
 
         Raises:
             TableFormatError: a table's place is taken.
@@ -125,7 +127,7 @@ class Run:
         self.journal = journal
         self.min_confidence, self.use_checksum = min_confidence, use_checksum
         self.beside = dict(beside or {})
-        self.errors, self.tick = errors, tick
+        self.errors, self.tick, self.complain = errors, tick, complain
         self.counts = Counts()
         self.stop = threading.Event()
         """Set it to let what is in work end, and nothing new begin."""
@@ -189,7 +191,10 @@ class Run:
     def _todo(self, found: Iterator[Source | Missing]) -> Iterator[Source]:
         while not self.stopping and (chunk := list(islice(found, CHUNK))):
             sources = [item for item in chunk if isinstance(item, Source)]
-            self.counts.missing += ((m.path, m.reason) for m in chunk if isinstance(m, Missing))
+            for item in chunk:
+                if isinstance(item, Missing):
+                    self.counts.missing.append((item.path, item.reason))
+                    self.complain(item.reason)
             sums = self._checksums(sources)
             asked = [(s.path, s.size, s.modified, sum_) for s, sum_ in zip(sources, sums, strict=True)]
             differing = self.journal.differing(asked, self._identity, self._tags)
@@ -272,6 +277,8 @@ class Run:
             record["path"], source.size, source.modified, sum_, record, finished.preview, finished.likeness
         )
         self._waiting.append((entry, source))
+        if record["error"] is not None:
+            self.complain(record["error"])
         self.tick(self.counts.seen + len(self._waiting))
         if len(self._waiting) >= COMMIT_FILES or time.monotonic() - self._committed >= COMMIT_SECONDS:
             self.flush()
@@ -368,7 +375,7 @@ class Run:
         """
         try:
             self.flush()
-            for ledger in self.ledgers:
+            for ledger in self.ledgers if self.journal.last() else ():  # an empty table is of no use
                 if not ledger.complete:
                     ledger.finish()
             self.journal.commit()

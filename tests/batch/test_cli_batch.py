@@ -350,3 +350,29 @@ def test_apply(run: Run, model: Path) -> None:
     outcome = run("apply", "gone.csv")
     assert outcome.code == 2
     assert "gone.csv" in outcome.complaints[0]
+
+
+def test_nothing_to_caption_leaves_nothing_behind(run: Run) -> None:
+    Path("empty").mkdir()
+    for inputs in (["gone"], ["empty"], ["gone", "empty"]):
+        outcome = run("caption", *inputs, "-o", "x.jsonl")
+        assert outcome.code == 2
+        for name in inputs:
+            assert any(line.startswith(f"{name}: ") for line in outcome.complaints)
+        assert not list(Path().glob("x.jsonl*"))
+    outcome = run("caption", "p", "-o", "x.jsonl", "--beam", 2, "--must", "notaword")
+    assert outcome.code == 2
+    assert len(outcome.complaints) == 1
+    assert not list(Path().glob("x.jsonl*"))
+
+
+def test_many_errors_are_summed_up(run: Run) -> None:
+    for number in range(25):
+        Path(f"p/{number}.jpg").write_text("no picture")
+    outcome = run("caption", "p", "-o", "x.jsonl")
+    assert outcome.code == 0
+    lines = outcome.complaints
+    assert sum(line.startswith("p/") for line in lines) == 20
+    assert "further errors: see x.errors.jsonl" in lines
+    assert lines[-1].startswith("26 x this is not a picture")
+    assert len(read("x.errors.jsonl")) == 26
