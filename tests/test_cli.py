@@ -22,6 +22,7 @@ from lively import make_calibration, make_lively_model, pictures
 from PIL import Image
 
 from captioner import Captioner, __version__, checkpoint
+from captioner.batch.tables import unguard
 
 
 @pytest.fixture(scope="session")
@@ -202,7 +203,8 @@ def test_names_of_all_kinds(run: Run) -> None:
     assert lines[3].startswith("tab\\t and \\x1b[31mred.jpg: ")
     assert "\x1b" not in "".join(lines)
     rows = list(csv.DictReader(io.StringIO(run("caption", "--csv", "--", *NAMES).out, newline="")))
-    assert [row["path"] for row in rows][:9] == NAMES[:9]
+    # a spreadsheet would take -x.jpg for a formula
+    assert [unguard(row["path"]) for row in rows][:9] == NAMES[:9]
 
 
 @pytest.mark.parametrize("kind", [[], ["--json"], ["--jsonl"], ["--csv"]])
