@@ -16,6 +16,26 @@ from captioner.encoder import Encoder
 from captioner.model import CaptionModel
 from captioner.tokenizer import WordTokenizer
 
+LONGEST = (
+    "training/test_loop.py",
+    "batch/test_ray.py",
+    "training/test_recipes.py",
+    "demo/test_demo_live_browser.py",
+    "training/test_workers.py",
+    "demo/test_demo_video_browser.py",
+    "demo/test_demo_sessions.py",
+    "test_cli_video.py",
+    "training/test_videos.py",
+    "training/test_compare.py",
+    "test_cli.py",
+    "demo/test_demo_folder_browser.py",
+    "demo/test_demo_browser.py",
+    "hostile/test_hostile_corpus.py",
+    "batch/test_cli_batch.py",
+    "benchmarks/test_order.py",
+)
+"""Files that take a minute and more: they begin first, and the others fill the gaps at the end."""
+
 TINY_WORDS = [
     "a",
     "the",
@@ -154,3 +174,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from shape_data import QuickScorer
 
     monkeypatch.setattr(experiment, "Scorer", QuickScorer)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files of most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((i for i, name in enumerate(LONGEST) if path.endswith(f"/tests/{name}")), len(LONGEST))
+
+    items.sort(key=rank)
