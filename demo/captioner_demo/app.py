@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def build(
     blocks.queue(max_size=waiting, default_concurrency_limit=demo.workers)
     blocks._queue.event_analytics = _Newest(1000 + 4 * waiting)
     blocks._queue.event_ids_to_events = _Newest(1000 + 4 * waiting)
+    _steady(blocks)
     return blocks
 
 
@@ -104,6 +105,26 @@ class _Newest(dict[str, Any]):
         super().__setitem__(key, value)
         while len(self) > self.most:
             del self[next(iter(self))]
+
+
+class _Files(set[str]):
+    """Names of temporary files, which one thread may add to while another goes through them.
+
+    Gradio removes old files in a thread of its own, which an upload at that moment would end for good.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*set.__iter__(self)])
+
+
+def _steady(blocks: gr.Blocks) -> None:
+    steady = {id(files): _Files(files) for files in blocks.temp_file_sets}
+    blocks.temp_file_sets = [steady[id(files)] for files in blocks.temp_file_sets]
+    blocks.upload_file_set = steady.get(id(blocks.upload_file_set), blocks.upload_file_set)
+    for block in blocks.blocks.values():
+        files = getattr(block, "temp_files", None)
+        if id(files) in steady:
+            block.temp_files = steady[id(files)]
 
 
 def forget(blocks: gr.Blocks, session: str) -> None:

@@ -480,3 +480,18 @@ def test_mistakes_on_the_command_line_are_one_line(arguments: list[str], message
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_old_files_are_removed_while_others_arrive(engine: Engine) -> None:
+    blocks = build(engine)
+    added_to = {id(getattr(block, "temp_files", None)) for block in blocks.blocks.values()}
+    added_to.add(id(blocks.upload_file_set))
+    assert len(blocks.temp_file_sets) > 1
+    assert {
+        id(files) for files in blocks.temp_file_sets
+    } <= added_to  # what is gone through is what is added to
+    for files in blocks.temp_file_sets:
+        files.update({"a", "b"})
+        for name in files:  # an ordinary set would end this with a RuntimeError
+            files.add(f"{name}{name}")
+        assert len(files) == 4
