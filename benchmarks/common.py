@@ -91,6 +91,31 @@ def write_phone_photos(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+def repeat(source: Path, path: Path, seconds: float) -> None:
+    """Write a clip of that length out of copies of another, packet by packet, without encoding it again."""
+    import av
+
+    with av.open(str(path), "w") as output:
+        target = None
+        shift = 0.0
+        while shift < seconds - 1e-3:
+            with av.open(str(source)) as clip:
+                stream = clip.streams.video[0]
+                target = target or output.add_stream_from_template(stream)
+                assert stream.time_base is not None
+                assert stream.duration is not None
+                for packet in clip.demux(stream):
+                    if packet.dts is None or packet.pts is None:
+                        continue
+                    if shift + float(packet.pts * stream.time_base) >= seconds:
+                        continue
+                    packet.pts += round(shift / stream.time_base)
+                    packet.dts += round(shift / stream.time_base)
+                    packet.stream = target
+                    output.mux(packet)
+                shift += float(stream.duration * stream.time_base)
+
+
 def take_cores(count: int) -> int:
     """Confine this process to ``count`` cores where the system allows it; return how many it has then.
 

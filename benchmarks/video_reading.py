@@ -133,31 +133,12 @@ def count_frames(clip: Path, every: float) -> int:
 
 def join(path: Path, seconds: float) -> None:
     """Write a clip of that length out of copies of gradio's, packet by packet."""
-    import av
 
     spec = util.find_spec("gradio")
     if spec is None or spec.origin is None:
         raise SystemExit('the clips of gradio are needed: pip install "captioner[dev]"')
     source = Path(spec.origin).parent / "media_assets" / "videos" / "world.mp4"
-    with av.open(str(path), "w") as output:
-        target = None
-        shift = 0.0
-        while shift < seconds:
-            with av.open(str(source)) as clip:
-                stream = clip.streams.video[0]
-                target = target or output.add_stream_from_template(stream)
-                assert stream.time_base is not None
-                assert stream.duration is not None
-                for packet in clip.demux(stream):
-                    if packet.dts is None or packet.pts is None:
-                        continue
-                    if shift + float(packet.pts * stream.time_base) >= seconds:
-                        continue
-                    packet.pts += round(shift / stream.time_base)
-                    packet.dts += round(shift / stream.time_base)
-                    packet.stream = target
-                    output.mux(packet)
-                shift += float(stream.duration * stream.time_base)
+    common.repeat(source, path, seconds)
 
 
 def peak(clip: Path, every: float) -> float:

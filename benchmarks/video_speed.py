@@ -86,7 +86,7 @@ def speed(folder: Path, options: argparse.Namespace) -> bool:
     spec = util.find_spec("gradio")
     if spec is None or spec.origin is None:
         raise SystemExit('the clips of gradio are needed: pip install "captioner[dev]"')
-    repeat(Path(spec.origin).parent / "media_assets" / "videos" / "world.mp4", world, options.seconds)
+    common.repeat(Path(spec.origin).parent / "media_assets" / "videos" / "world.mp4", world, options.seconds)
     write(large, pan(options.seconds, 25, (1280, 720)), 25, "libx264")
 
     import torch
@@ -220,7 +220,7 @@ def memory(folder: Path, options: argparse.Namespace) -> bool:
     clips = {"a minute": minute}
     for name, source in (("of several shots", minute), ("in which nothing happens", still)):
         clips[f"{options.minutes} minutes {name}"] = folder / f"long {source.name}"
-        repeat(source, folder / f"long {source.name}", 60.0 * options.minutes)
+        common.repeat(source, folder / f"long {source.name}", 60.0 * options.minutes)
     # the short one is over before all that happens at once by chance has done so: the median of three
     peaks = {
         name: statistics.median(peak(clip, options) for _ in range(3 if name == "a minute" else 1))
@@ -290,31 +290,6 @@ def write(path: Path, pictures: Iterator[Image.Image], rate: int, codec: str) ->
             output.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
         assert stream is not None
         output.mux(stream.encode())
-
-
-def repeat(source: Path, path: Path, seconds: float) -> None:
-    """Write a clip of that length out of copies of another, packet by packet, without encoding it again."""
-    import av
-
-    with av.open(str(path), "w") as output:
-        target = None
-        shift = 0.0
-        while shift < seconds - 1e-3:
-            with av.open(str(source)) as clip:
-                stream = clip.streams.video[0]
-                target = target or output.add_stream_from_template(stream)
-                assert stream.time_base is not None
-                assert stream.duration is not None
-                for packet in clip.demux(stream):
-                    if packet.dts is None or packet.pts is None:
-                        continue
-                    if shift + float(packet.pts * stream.time_base) >= seconds:
-                        continue
-                    packet.pts += round(shift / stream.time_base)
-                    packet.dts += round(shift / stream.time_base)
-                    packet.stream = target
-                    output.mux(packet)
-                shift += float(stream.duration * stream.time_base)
 
 
 if __name__ == "__main__":
