@@ -11,12 +11,14 @@ times.
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ def main() -> int:
     parser = common.arguments(__doc__)
     parser.add_argument("--pictures", type=int, default=256, help="for the speed")
     parser.add_argument("--files", type=int, default=100_000, help="for memory and rerun")
+    parser.add_argument("--photos", type=Path, help="for memory: a folder of real ones; else 300 are made")
     parser.add_argument("--threads", type=int, default=2, help="and cores, where possible")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=("speed", "cores", "memory", "rerun"), help="one of the four")
@@ -47,7 +50,7 @@ def main() -> int:
     if options.only in (None, "rerun"):
         holds &= rerun(options.files, options.repeats, options.model)
     if options.only in (None, "memory"):
-        holds &= memory(options.files, options.model)
+        holds &= memory(options.files, options.photos, options.model)
     if options.only in (None, "cores"):
         cores(options.pictures, options.model)
     if options.only in (None, "speed"):
@@ -170,13 +173,17 @@ def command(folder: Path, output: Path, model: Path | None) -> list[str]:
     return [*found, "--model", str(model)] if model is not None else found
 
 
-def memory(count: int, model: Path | None) -> bool:
-    """Measure the most memory of many files against 1,000."""
+def memory(count: int, photos: Path | None, model: Path | None) -> bool:
+    """Measure the most memory of many files against 1,000; see, too, that all are captioned, and alike."""
     peaks = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
         (folder / "base").mkdir()
-        base = common.write_photos(folder / "base", 300)
+        base = (
+            common.write_photos(folder / "base", 300)
+            if photos is None
+            else sorted(path for path in photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        )
         for files in (1000, count):
             many_names(folder / f"m{files}", files, base)
             begun = time.perf_counter()
@@ -192,6 +199,17 @@ def memory(count: int, model: Path | None) -> bool:
                 f"{files:,} files: {peaks[files]:.0f} MB at most, {files / seconds:.0f} files a second",
                 flush=True,
             )
+            paths, captions = set(), defaultdict(set)
+            with (folder / f"{files}.jsonl").open(encoding="utf-8") as lines:
+                for line in lines:
+                    record = json.loads(line)
+                    assert record["error"] is None, record["error"]
+                    assert record["path"] not in paths, record["path"]
+                    paths.add(record["path"])
+                    captions[int(Path(record["path"]).stem) % len(base)].add(record["caption"])
+            assert len(paths) == files, len(paths)
+            unlike = sum(len(found) > 1 for found in captions.values())
+            print(f"each has one record; {unlike} of {len(captions):,} photos differ from name to name")
     return common.verdict(f"memory of {count:,} files / of 1,000", peaks[count] / peaks[1000], at_most=1.1)
 
 

@@ -345,7 +345,14 @@ def caption(
         typer.Option(help="Photos that go through the network together.", metavar="N"),
     ] = 32,
     model: Model = None,
-    device: Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu, cuda, cuda:N or mps; in a batch several, as in cuda:0,cuda:1, and auto takes "
+            "all CUDA GPUs.",
+            metavar="NAME",
+        ),
+    ] = "auto",
     precision: Annotated[
         Precision,
         typer.Option(help="Of the encoder: float32, bfloat16 or float16.", metavar="TYPE"),

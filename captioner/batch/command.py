@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from captioner import identity
-from captioner.batch.engines import Seeds, identity_of, local_engine, look_closely, ray_engine
+from captioner.batch.engines import Seeds, devices_engine, identity_of, local_engine, look_closely, ray_engine
 from captioner.batch.journal import Journal
 from captioner.batch.run import Beside, Counts, Engine, Run, Stopped, errors_of, journal_of
 from captioner.batch.sources import Missing, Source, find_sources
@@ -317,6 +317,21 @@ def _make_engine(batch: Batch, run: Run, progress: Progress, load: Callable[[], 
             address=batch.address,
             workers=batch.workers,
         )
+    from captioner.batch.on_devices import devices
+
+    several = devices(batch.device)
+    if len(several) > 1 and not batch.watch:
+        return devices_engine(
+            several,
+            model=batch.model,
+            options=options,
+            clips=batch.clips,
+            batch_size=batch.batch_size,
+            precision=batch.precision,
+            threads=batch.threads,
+            look=look,
+            stopping=run.stop.is_set,
+        )
     captioner = load()
 
     def report(path: str, seconds: float) -> None:
@@ -338,11 +353,12 @@ def _load(batch: Batch) -> Captioner:
     """Load the model."""
     import torch
 
+    from captioner.batch.on_devices import devices
     from captioner.captioner import Captioner
 
     if batch.threads:
         torch.set_num_threads(batch.threads)
-    return Captioner.load(batch.model, device=batch.device, precision=batch.precision)
+    return Captioner.load(batch.model, device=devices(batch.device)[0], precision=batch.precision)
 
 
 def _watch(batch: Batch, run: Run) -> None:

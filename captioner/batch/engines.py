@@ -1,10 +1,11 @@
-"""What captions sources: this machine, or a Ray cluster."""
+"""What captions sources: this process, one for each of several devices, or a Ray cluster."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -57,8 +58,21 @@ def ray_engine(**options: Any) -> Engine:
     """Return what captions on a cluster; options are those of `captioner.batch.on_ray.caption_on_ray`."""
     from captioner.batch.on_ray import caption_on_ray
 
+    return _elsewhere(partial(caption_on_ray, **options))
+
+
+def devices_engine(devices: Sequence[str], **options: Any) -> Engine:
+    """Return what captions on several devices, see `captioner.batch.on_devices.caption_on_devices`."""
+    from captioner.batch.on_devices import caption_on_devices
+
+    return _elsewhere(partial(caption_on_devices, devices=devices, **options))
+
+
+def _elsewhere(caption: Callable[[Iterator[Source]], Iterator[dict[str, Any]]]) -> Engine:
+    """Return an engine of what yields records in which ``looked`` is what was looked at closely."""
+
     def engine(sources: Iterator[Source]) -> Iterator[Finished]:
-        for record in caption_on_ray(sources, **options):
+        for record in caption(sources):
             looked = record.pop("looked", None)
             yield Finished(record, *(looked or (None, None)))
 

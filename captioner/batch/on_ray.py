@@ -25,24 +25,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
-from os.path import splitext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from captioner.batch.sources import Held, Source
+from captioner.batch.chunks import DEADLY, Chunk, Record, caption_chunk, cut, facts_of, last_line, refuse
+from captioner.batch.sources import Source
 from captioner.identity import BUILT_IN
-from captioner.video import VIDEO_SUFFIXES
-
-if TYPE_CHECKING:
-    from captioner.batch.media import ClipResult, FileResult
 
 AHEAD = 3
 """Chunks that wait or are in work, for each worker."""
 DEATHS = 1
 """How many workers may die of a file that is alone in work, after one has died of its chunk."""
-MAX_HELD = 2**24
-"""Bytes of pictures that travel in a chunk, if they are held in memory; the last may be beyond."""
 RESTARTS = 3
 """How often in a row Ray may fail without a single record before that is the end."""
 LARGE_CHUNK = 4
@@ -50,10 +43,6 @@ LARGE_CHUNK = 4
 MANY_WORKERS = 16
 GPU_CORES = 8
 """CPU cores that a worker with a GPU takes at most, to decode."""
-
-Record = dict[str, Any]
-Chunk = list[tuple[int, Source]]
-"""Sources, each with its number in the whole run."""
 
 
 class ClusterError(ValueError):
@@ -116,7 +105,7 @@ def caption_on_ray(
     with _quiet(), _cluster(ray, address):
         room = _room(ray, workers)
         size = batch_size * (LARGE_CHUNK if room.gpus or room.workers >= MANY_WORKERS else 1)
-        chunks = _chunks(sources, size, room.workers)
+        chunks = cut(sources, size, room.workers)
         setup.update(threads=room.cores, gpu=bool(room.gpus), checkpoint=ray.put(checkpoint))
         yield from _Run(ray, chunks, setup, room).records()
 
@@ -219,10 +208,10 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **new)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         if not address:
-            raise ClusterError(f"Ray does not start: {_line(error)}") from None
+            raise ClusterError(f"Ray does not start: {last_line(error)}") from None
         raise ClusterError(
-            f"{address}: the Ray cluster there cannot be used: {_line(error)}; if it asks for a token, set "
-            "RAY_AUTH_MODE=token here too"
+            f"{address}: the Ray cluster there cannot be used: {last_line(error)}; if it asks for a token, "
+            "set RAY_AUTH_MODE=token here too"
         ) from None
     try:
         yield
@@ -384,73 +373,28 @@ class Worker:
         import ray
 
         if deadly:
-            return self._refuse(item[1], "whatever process reads it dies; look at it with another program")
+            return self._refuse(item[1], DEADLY)
         ray.get(self.desk.begin.remote(number, index))
         try:
             (record,) = self.caption([item])
         except (ValueError, ImportError):
             raise
         except Exception as error:
-            record = self._refuse(item[1], f"{type(error).__name__}: {_line(error)}")
+            record = self._refuse(item[1], f"{type(error).__name__}: {last_line(error)}")
         ray.get(self.desk.end.remote(number, index))
         return record
 
     def caption(self, chunk: Chunk) -> list[Record]:
         """Return the records of a chunk's sources, in order."""
-        from captioner.batch.media import caption_media
-
-        options = self.setup["options"]
-        seed = options.get("seed", 0)
-        if not callable(seed):
-            numbers = {source.path: number for number, source in chunk}
-            options = {**options, "seed": lambda path: seed + numbers[path]}
-        results = caption_media(
-            self.captioner,
-            [source for _, source in chunk],
-            batch_size=self.setup["batch_size"],
-            clips=self.setup["clips"],
-            look=self.setup["look"],
-            **options,
-        )
-        return [self._record(result) for result in results]
+        more = {name: self.setup[name] for name in ("batch_size", "clips", "look")}
+        return list(caption_chunk(self.captioner, chunk, self.setup["options"], **more))
 
     def _refuse(self, source: Source, reason: str) -> Record:
-        from captioner.batch.media import FileResult
-
-        return self._record(FileResult(source.path, None, f"{source.path}: {reason}"))
-
-    def _record(self, result: FileResult | ClipResult) -> Record:
-        from captioner.batch.media import to_record
-
-        record = to_record(result, self.captioner.header.name, self.captioner.fingerprint)
-        if self.setup["look"] is not None:
-            record["looked"] = getattr(result, "looked", None)
-        return record
+        return refuse(source, reason, facts_of(self.captioner), self.setup["look"])
 
 
 # --------------------------------------------------------------------------------------------------
 # the caller's side
-
-
-def _chunks(sources: Iterable[Source], size: int, workers: int) -> Iterator[Chunk]:
-    """Cut into chunks; a video is one of its own, and few files are spread over all workers."""
-    numbered = enumerate(sources)
-    first = list(islice(numbered, size * workers))
-    if len(first) < size * workers:
-        size = max(1, -(-len(first) // workers))
-    waiting: Chunk = []
-    held = 0
-    for number, source in chain(first, numbered):
-        if splitext(source.path)[1].lower() in VIDEO_SUFFIXES:
-            yield [(number, source)]
-            continue
-        waiting.append((number, source))
-        held += len(source.data) if isinstance(source, Held) else 0
-        if len(waiting) == size or held > MAX_HELD:
-            yield waiting
-            waiting, held = [], 0
-    if waiting:
-        yield waiting
 
 
 @dataclass
@@ -474,7 +418,7 @@ class _Run:
             except self.ray.exceptions.RayError as error:
                 failures += 1
                 if failures > RESTARTS:
-                    raise ClusterError(f"Ray gave up {failures} times: {_line(error)}") from None
+                    raise ClusterError(f"Ray gave up {failures} times: {last_line(error)}") from None
 
     def _more(self) -> dict[int, Chunk]:
         """Take in chunks until there are enough in work; return the new ones."""
@@ -565,9 +509,3 @@ def _numbers(desk: Any) -> Iterator[Any]:
         for number in numbers:
             yield pyarrow.table({"number": [number]})
         position += len(numbers)
-
-
-def _line(error: BaseException) -> str:
-    """Return the last line of what Ray says: the others are tracebacks of other machines."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import textwrap
@@ -16,14 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import elsewhere
 import psutil
 import pytest
-from conftest import make_header
-from lively import make_lively_model, pictures
-from PIL import Image
+from elsewhere import (
+    Broken,
+    Deadly,
+    len_of_caption,
+    packed,
+    plain,
+    same,
+    sources_of,
+    write_files,
+    write_model,
+)
 
-from captioner import Captioner, checkpoint
-from captioner.batch import caption_media, to_record
 from captioner.batch.on_ray import AHEAD, ClusterError, Desk, Worker, caption_on_ray, import_ray
 from captioner.batch.sources import Source
 
@@ -32,26 +38,13 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "lively.safetensors"
-    network = make_lively_model()
-    checkpoint.save(path, network, make_header(network))
-    return path
+    return write_model(tmp_path_factory.mktemp("model") / "lively.safetensors")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty photos, a clip, and files that cannot be read; not to be changed."""
-    folder = tmp_path_factory.mktemp("photos")
-    made = [Image.fromarray(picture) for picture in pictures(40)]
-    for i, picture in enumerate(made):
-        picture.save(folder / f"{i:02}.png")
-    moving = [picture.resize((64, 48)) for picture in made[:3]]
-    moving[0].save(folder / "05-moves.gif", save_all=True, append_images=moving[1:], duration=400)
-    whole = (folder / "07.png").read_bytes()
-    (folder / "07-cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "11-text.jpg").write_text("not a picture")
-    (folder / "23-empty.mp4").touch()
-    return folder
+    """Not to be changed."""
+    return write_files(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
@@ -64,65 +57,12 @@ def cluster() -> Iterator[Any]:
     cluster = Cluster(initialize_head=True, head_node_args=options)
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     cluster.wait_for_nodes()
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which the workers cannot import
+    for module in (sys.modules[__name__], elsewhere):  # which the workers cannot import
+        ray.cloudpickle.register_pickle_by_value(module)
     ray.init(cluster.address, log_to_driver=False, logging_level="CRITICAL")
     yield cluster
     ray.shutdown()
     cluster.shutdown()
-
-
-@dataclass(frozen=True)
-class Packed(Source):
-    """Reads a photo out of another file, slowly, as if it came over a network."""
-
-    holder: str = ""
-
-    def read(self) -> bytes:
-        time.sleep(0.05)
-        return Path(self.holder).read_bytes()
-
-
-@dataclass(frozen=True)
-class Deadly(Source):
-    """Ends the process that reads it, as a decoder with a bug does."""
-
-    def read(self) -> bytes:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
-
-
-def sources_of(folder: Path) -> list[Source]:
-    paths = [*sorted(folder.iterdir()), folder / "missing.jpg"]
-    return [Source(str(path), str(path)) for path in paths]
-
-
-def packed(folder: Path) -> list[Source]:
-    return [
-        Packed(f"archive/{path.name}", holder=str(path)) for path in sorted(folder.glob("[0-9][0-9].png"))
-    ]
-
-
-def plain(model: Path, sources: list[Source], **options: Any) -> dict[str, dict[str, Any]]:
-    captioner = Captioner.load(model, device="cpu")
-    results = caption_media(captioner, sources, **options)
-    records = [to_record(result, captioner.header.name, captioner.fingerprint) for result in results]
-    return {record["path"]: record for record in records}
-
-
-def same(found: Any, expected: Any, key: str = "") -> None:
-    """All the same, except for how long it took, and numbers only nearly."""
-    if isinstance(expected, dict):
-        assert list(found) == list(expected)
-        for name in expected.keys() - {"seconds", "alternatives"}:  # equally likely ones may change places
-            same(found[name], expected[name], name)
-    elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            same(one, other, key)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4), key
-    else:
-        assert found == expected, key
 
 
 def workers() -> list[psutil.Process]:
@@ -173,14 +113,6 @@ class Fatal(Source):
         raise SystemExit
 
 
-@dataclass(frozen=True)
-class Broken(Source):
-    """Meets a mistake in whoever reads it."""
-
-    def read(self) -> bytes:
-        raise RuntimeError("no such\nthing")
-
-
 def test_what_workers_die_of_is_found_out(
     model: Path, folder: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,10 +153,6 @@ def test_what_workers_die_of_is_found_out(
     ray.kill(desk)
 
 
-def len_of_caption(pixels: Any, fit: Any, caption: Any) -> int:
-    return len(caption.text)
-
-
 def run_with_journal(
     folder: Path, model: Path, journal: Path, options: dict[str, Any], workers: int
 ) -> Iterator[int]:
@@ -250,10 +178,11 @@ def begin_elsewhere(cluster: Any, *arguments: Any) -> subprocess.Popen[str]:
         import sys
         from pathlib import Path
 
+        import elsewhere
         import ray
         import test_ray
 
-        ray.cloudpickle.register_pickle_by_value(test_ray)
+        ray.cloudpickle.register_pickle_by_value(elsewhere)
         for _ in test_ray.run_with_journal(*map(Path, sys.argv[1:]), {"n_best": 2}, 1):
             pass
     """

@@ -1,0 +1,106 @@
+"""What is captioned in other processes: files, odd sources, and what comes of them in this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_header
+from lively import make_lively_model, pictures
+from PIL import Image
+
+from captioner import Captioner, checkpoint
+from captioner.batch import caption_media, to_record
+from captioner.batch.sources import Source
+
+
+def write_model(path: Path) -> Path:
+    """Write a tiny checkpoint."""
+    network = make_lively_model()
+    checkpoint.save(path, network, make_header(network))
+    return path
+
+
+def write_files(folder: Path) -> Path:
+    """Write forty photos, a clip, and files that cannot be read."""
+    made = [Image.fromarray(picture) for picture in pictures(40)]
+    for i, picture in enumerate(made):
+        picture.save(folder / f"{i:02}.png")
+    moving = [picture.resize((64, 48)) for picture in made[:3]]
+    moving[0].save(folder / "05-moves.gif", save_all=True, append_images=moving[1:], duration=400)
+    whole = (folder / "07.png").read_bytes()
+    (folder / "07-cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "11-text.jpg").write_text("not a picture")
+    (folder / "23-empty.mp4").touch()
+    return folder
+
+
+@dataclass(frozen=True)
+class Packed(Source):
+    """Reads a photo out of another file, slowly, as if it came over a network."""
+
+    holder: str = ""
+
+    def read(self) -> bytes:
+        time.sleep(0.05)
+        return Path(self.holder).read_bytes()
+
+
+@dataclass(frozen=True)
+class Deadly(Source):
+    """Ends the process that reads it, as a decoder with a bug does."""
+
+    def read(self) -> bytes:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def sources_of(folder: Path) -> list[Source]:
+    paths = [*sorted(folder.iterdir()), folder / "missing.jpg"]
+    return [Source(str(path), str(path)) for path in paths]
+
+
+def packed(folder: Path) -> list[Source]:
+    return [
+        Packed(f"archive/{path.name}", holder=str(path)) for path in sorted(folder.glob("[0-9][0-9].png"))
+    ]
+
+
+def plain(model: Path, sources: list[Source], **options: Any) -> dict[str, dict[str, Any]]:
+    captioner = Captioner.load(model, device="cpu")
+    results = caption_media(captioner, sources, **options)
+    records = [to_record(result, captioner.header.name, captioner.fingerprint) for result in results]
+    return {record["path"]: record for record in records}
+
+
+def same(found: Any, expected: Any, key: str = "") -> None:
+    """All the same, except for how long it took, and numbers only nearly."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for name in expected.keys() - {"seconds", "alternatives"}:  # equally likely ones may change places
+            same(found[name], expected[name], name)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            same(one, other, key)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4), key
+    else:
+        assert found == expected, key
+
+
+@dataclass(frozen=True)
+class Broken(Source):
+    """Meets a mistake in whoever reads it."""
+
+    def read(self) -> bytes:
+        raise RuntimeError("no such\nthing")
+
+
+def len_of_caption(pixels: Any, fit: Any, caption: Any) -> int:
+    return len(caption.text)

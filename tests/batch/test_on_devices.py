@@ -1,0 +1,232 @@
+"""Several devices of one machine: the CPU, named twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from elsewhere import (
+    Broken,
+    Deadly,
+    len_of_caption,
+    packed,
+    plain,
+    same,
+    sources_of,
+    write_files,
+    write_model,
+)
+
+from captioner.batch import on_devices
+from captioner.batch.on_devices import AHEAD, DeviceError, caption_on_devices, devices
+from captioner.batch.sources import Source
+
+TWO = ["cpu", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "lively.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    return write_files(tmp_path_factory.mktemp("photos"))
+
+
+def workers(of: psutil.Process | None = None) -> list[psutil.Process]:
+    """Return the processes that caption."""
+    found = []
+    for process in (of or psutil.Process()).children(recursive=True):
+        with suppress(psutil.Error):
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_same_records_although_a_process_is_killed(model: Path, folder: Path) -> None:
+    sources = [*sources_of(folder), *packed(folder)]
+    options = {"sample": True, "seed": 5}
+    records: list[dict[str, Any]] = []
+    given = 0
+
+    def counted() -> Iterator[Source]:
+        nonlocal given
+        for source in sources:
+            given += 1
+            yield source
+
+    for record in caption_on_devices(counted(), TWO, model=model, options=options, batch_size=4, threads=2):
+        records.append(record)
+        assert given <= len(records) + 4 * (AHEAD * 2 + 2)
+        if len(records) == 9:
+            assert len(workers()) == 2
+            workers()[0].kill()
+    assert Counter(record["path"] for record in records) == Counter(source.path for source in sources)
+    assert not workers()
+
+    expected = plain(model, sources, **options)
+    assert sum(record["error"] is not None for record in expected.values()) == 4
+    for record in records:
+        same(record, expected[record["path"]])
+
+
+def test_files_that_end_processes_and_bugs_are_records(model: Path, folder: Path) -> None:
+    good = packed(folder)[:12]
+    sources = [*good[:5], Deadly("deadly.jpg"), *good[5:], Broken("broken.jpg")]
+    options = {"model": model, "batch_size": 4, "threads": 2, "look": len_of_caption}
+    records = {record["path"]: record for record in caption_on_devices(sources, TWO, **options)}
+    assert list(Counter(records)) == [*records]
+    assert set(records) == {source.path for source in sources}
+    errors = {path: record["error"] for path, record in records.items() if record["error"]}
+    assert errors == {
+        "deadly.jpg": "deadly.jpg: whatever process reads it dies; look at it with another program",
+        "broken.jpg": "broken.jpg: RuntimeError: thing",
+    }
+    one, dead = records[good[0].path], records["deadly.jpg"]
+    assert (one["looked"], dead["looked"]) == (len(one["caption"]), None)
+    assert (dead["model"], dead["model_sha256"]) == (one["model"], one["model_sha256"])
+
+
+def test_a_single_file_takes_one_process(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    start = on_devices._Run._start
+    monkeypatch.setattr(
+        on_devices._Run, "_start", lambda run, device: begun.append(device) or start(run, device)
+    )
+    (record,) = caption_on_devices(packed(folder)[:1], TWO, model=model)
+    assert record["error"] is None
+    assert begun == ["cpu"]
+    assert list(caption_on_devices(iter(()), TWO, model=model)) == []
+    assert begun == ["cpu"]
+
+
+def test_mistakes_are_one_line(model: Path, folder: Path, tmp_path: Path) -> None:
+    def complaint(devices: list[str] = TWO, **settings: Any) -> str:
+        with pytest.raises(ValueError, match=r".") as caught:
+            list(caption_on_devices(packed(folder)[:2], devices, **{"model": model, **settings}))
+        assert "\n" not in str(caught.value)
+        assert not workers()
+        return str(caught.value)
+
+    assert str(tmp_path / "no.safetensors") in complaint(model=tmp_path / "no.safetensors")
+    assert "zeppelin" in complaint(options={"must": ["zeppelin"]})
+    assert "cuda:77" in complaint(["cpu", "cuda:77"])
+
+
+def test_names_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert devices("cpu") == ["cpu"]
+    assert devices("cpu, cpu") == TWO
+    for wrong, reason in (
+        ("cpu,gpu", "unknown device 'gpu'"),
+        ("cpu,cuda:77", "'cuda:77' is not available"),
+        ("cpu,", "unknown device ''"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            devices(wrong)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for count, expected in ((0, ["auto"]), (1, ["auto"]), (3, ["cuda:0", "cuda:1", "cuda:2"])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert devices("auto") == expected
+    assert devices("cuda:2,cuda:0") == ["cuda:2", "cuda:0"]
+    with pytest.raises(ValueError, match="named twice"):
+        devices("cuda,cuda:0")
+
+
+def test_processes_that_never_begin(model: Path, folder: Path) -> None:
+    run = caption_on_devices(packed(folder)[:3], ["cpu"], model=model)
+    killed = 0
+
+    def kill() -> None:
+        nonlocal killed
+        while killed < on_devices.STARTS:
+            for process in workers():
+                with suppress(psutil.Error):
+                    process.kill()
+                    process.wait()
+                    killed += 1
+            time.sleep(0.05)
+
+    from threading import Thread
+
+    thread = Thread(target=kill)
+    thread.start()
+    with pytest.raises(DeviceError, match="ended as they began"):
+        list(run)
+    thread.join()
+
+
+def command(model: Path, folder: Path, output: Path) -> list[str]:
+    code = "from captioner.cli import main; main()"
+    arguments = [
+        "caption",
+        str(folder),
+        "--output",
+        str(output),
+        "--model",
+        str(model),
+        "--device",
+        "cpu,cpu",
+    ]
+    return [sys.executable, "-c", code, *arguments, "--batch-size", "2", "--threads", "2"]
+
+
+def test_the_command_goes_on_after_its_death(model: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    process = subprocess.Popen(command(model, folder, output), stderr=subprocess.DEVNULL)
+    while not output.exists() or not output.read_bytes():
+        assert process.poll() is None
+        time.sleep(0.02)
+    left = workers(psutil.Process(process.pid))
+    assert left
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert not alive  # whoever sends them chunks is gone
+
+    done = subprocess.run(command(model, folder, output), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "done before" in done.stderr
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    expected = plain(model, sources_of(folder)[:-1])
+    assert sorted(record["path"] for record in records) == sorted(expected)
+    for record in records:
+        same(record, expected[record["path"]])
+
+
+def test_ctrl_c_keeps_what_is_in_work(model: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    process = subprocess.Popen(
+        command(model, folder, output),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not output.exists() or not output.read_bytes():
+        assert process.poll() is None
+        time.sleep(0.02)
+    for one in (psutil.Process(process.pid), *workers(psutil.Process(process.pid))):
+        one.send_signal(signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert 0 < len(records) < len(sources_of(folder))
+    done = subprocess.run(command(model, folder, output), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert Counter(record["path"] for record in records) == Counter(s.path for s in sources_of(folder)[:-1])
