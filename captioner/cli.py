@@ -421,6 +421,14 @@ def caption(
     watch: Annotated[
         bool, typer.Option("--watch", help="Batch: go on as files arrive, until Ctrl-C.")
     ] = False,
+    poll: Annotated[
+        bool,
+        typer.Option(
+            "--poll",
+            help="With --watch: list the folders every few seconds, for network drives, where the system "
+            "tells nothing of what other machines write.",
+        ),
+    ] = False,
     checksum: Annotated[
         bool, typer.Option("--checksum", help="Batch: tell changed files by content, not by size and time.")
     ] = False,
@@ -502,6 +510,8 @@ def caption(
     for option, wish in {"--before": before, "--after": after}.items():
         if wish and not sidecars:
             fail(f"{option} needs --sidecars")
+    if poll and not watch:
+        fail("--poll needs --watch")
     if any(batch.values()):
         writes = next(option for option, value in batch.items() if value)
         printing = {"--json": as_json, "--jsonl": as_jsonl, "--csv": as_csv, "--attention": attention}
@@ -540,6 +550,7 @@ def caption(
                     strict=strict,
                     report=report,
                     watch=watch,
+                    poll=poll,
                     ray=engine is EngineName.ray,
                     address=ray_address,
                     workers=workers,

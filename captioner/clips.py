@@ -9,8 +9,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,9 @@ MOST_FRAMES = 64
 
 _PART = 4
 """Frames that are encoded together: of 8, the network's activations take half as much memory again."""
+
+_SEEN = 32
+"""Frames at most that go on together; most of them the same as the ones before, which are not encoded."""
 
 _REST = 0.25
 """A segment shorter than this share of the others is joined to the one before it."""
@@ -63,8 +67,8 @@ def caption_segments(
         shots: cut where the picture changes at once, and longer shots into segments.
         start, end: the part of the clip that is captioned, in seconds.
         progress: called with the seconds of the clip that have been read.
-        keep: called by several threads with every frame that is looked at: its time in seconds, its square
-            ``(3, size, size)`` uint8 and how it was fitted.
+        keep: called by several threads with every frame that is looked at, but for those that are the same as
+            the one before: its time in seconds, its square ``(3, size, size)`` uint8 and how it was fitted.
         options: see `captioner.captioner.Captioner.caption`.
 
     Raises:
@@ -85,17 +89,20 @@ def caption_segments(
 def _segments(
     captioner: Captioner, reader: _Reader, segment: float | None, say: Say, keep: Keep | None
 ) -> Iterator[Segment]:
-    def encode(part: list[tuple[_Seen, np.ndarray]]) -> list[tuple[_Seen, GridFeatures]]:
+    def encode(part: list[tuple[_Seen, np.ndarray | None]]) -> list[tuple[_Seen, GridFeatures | None]]:
         preprocess = captioner.model.encoder.preprocess
-        loaded = [load(image, preprocess) for _, image in part]
+        new = [(seen, load(image, preprocess)) for seen, image in part if image is not None]
         if keep is not None:
-            for (seen, _), (pixels, fit) in zip(part, loaded, strict=True):
+            for seen, (pixels, fit) in new:
                 keep(seen.time, pixels, fit)
-        features = captioner.encode_pixels(loaded)
-        return [(seen, features[i]) for i, (seen, _) in enumerate(part)]
+        if not new:
+            return [(seen, None) for seen, _ in part]
+        features = captioner.encode_pixels([loaded for _, loaded in new])
+        found = iter(range(len(new)))
+        return [(seen, None if image is None else features[next(found)]) for seen, image in part]
 
-    def tell(stretch: _Stretch) -> Segment:
-        return Segment(stretch.start, stretch.end, say(stretch.features()))
+    def tell(stretch: _Stretch) -> tuple[_Stretch, Caption | None]:
+        return stretch, None if stretch.again else say(stretch.features())
 
     threads = max(1, torch.get_num_threads())
     on_cpu = captioner.device.type == "cpu"
@@ -106,7 +113,14 @@ def _segments(
     pool = ThreadPoolExecutor(workers, initializer=single)
     try:
         encoded = ahead(encode, reader, workers, pool=pool)
-        yield from ahead(tell, _stretches(encoded, reader, segment), workers, pool=pool)
+        stretches = _compared(_stretches(_filled(encoded), reader, segment))
+        last: Caption | None = None
+        for stretch, said in ahead(tell, stretches, workers, pool=pool):
+            if said is None:
+                assert last is not None
+                said = stretch.timed(last)
+            yield Segment(stretch.start, stretch.end, said)
+            last = said
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         torch.set_num_threads(threads)
@@ -125,6 +139,9 @@ class _Seen:
 
 class _Reader:
     """Gives out frames in parts, each with the stretch that it belongs to.
+
+    A frame that is the same as the one before comes without its picture: slides, still scenes and animations
+    with long pauses need not be looked at again and again.
 
     Attributes:
         finish: where the clip ends, in seconds, when all has been read.
@@ -153,14 +170,18 @@ class _Reader:
         if self._progress is not None:
             self._progress(self.finish)
 
-    def __iter__(self) -> Iterator[list[tuple[_Seen, np.ndarray]]]:
-        part: list[tuple[_Seen, np.ndarray]] = []
+    def __iter__(self) -> Iterator[list[tuple[_Seen, np.ndarray | None]]]:
+        part: list[tuple[_Seen, np.ndarray | None]] = []
+        last, new = None, 0
         try:
             for frame in self._frames:
-                part.append((self._place(frame.time), frame.image))
-                if len(part) == _PART:
+                again = last is not None and _same(last, frame.image)
+                part.append((self._place(frame.time), None if again else frame.image))
+                last = frame.image
+                new += not again
+                if new == _PART or len(part) == _SEEN:
                     yield part
-                    part = []
+                    part, new = [], 0
         except VideoError as error:  # what came before it is captioned first
             self.error = error
         if part:
@@ -176,13 +197,24 @@ class _Reader:
         return _Seen(time, first + number * self._segment, cut and number == 0)
 
 
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Tell whether two pictures are the same, quickly where they are not."""
+    if one.shape != other.shape or not np.array_equal(one[::16, ::16], other[::16, ::16]):
+        return False
+    return np.array_equal(one, other)
+
+
 @dataclass(eq=False)
 class _Stretch:
-    """The frames of a segment so far, thinned where they are too many."""
+    """The frames of a segment so far, thinned where they are too many.
+
+    ``again`` says that they are those of the stretch before, so that the same is to be said.
+    """
 
     start: float
     cut: bool
     end: float = 0.0
+    again: bool = False
     _times: list[float] = field(default_factory=list)
     _frames: list[GridFeatures] = field(default_factory=list)
     _stride: int = 1
@@ -205,9 +237,40 @@ class _Stretch:
     def features(self) -> GridFeatures:
         return join_frames(self._frames, self._times)
 
+    def shows(self, other: _Stretch) -> bool:
+        """Tell whether it has the very frames of another stretch."""
+        return len(self._frames) == len(other._frames) and all(map(is_, self._frames, other._frames))
+
+    def timed(self, caption: Caption) -> Caption:
+        """Return the caption of a stretch with the same frames as that of this one."""
+        times = np.array(self._times, np.float32)
+        ranked = tuple(replace(hypothesis, times=times) for hypothesis in caption.n_best)
+        return replace(caption, times=times, n_best=ranked)
+
+
+def _filled(
+    encoded: Iterable[list[tuple[_Seen, GridFeatures | None]]],
+) -> Iterator[tuple[_Seen, GridFeatures]]:
+    """Give each frame that is the same as the one before the features of that."""
+    last: GridFeatures | None = None
+    for part in encoded:
+        for seen, features in part:
+            last = last if features is None else features
+            assert last is not None
+            yield seen, last
+
+
+def _compared(stretches: Iterable[_Stretch]) -> Iterator[_Stretch]:
+    """Mark the stretches that show what the one before showed."""
+    before: _Stretch | None = None
+    for stretch in stretches:
+        stretch.again = before is not None and stretch.shows(before)
+        before = stretch
+        yield stretch
+
 
 def _stretches(
-    encoded: Iterable[list[tuple[_Seen, GridFeatures]]], reader: _Reader, segment: float | None
+    encoded: Iterable[tuple[_Seen, GridFeatures]], reader: _Reader, segment: float | None
 ) -> Iterator[_Stretch]:
     """Yield the stretches, each when it is certain that no rest will be joined to it."""
     shortest = 0.0 if segment is None else _REST * segment
@@ -231,16 +294,15 @@ def _stretches(
             held = current
         current = None
 
-    for part in encoded:
-        for seen, features in part:
-            if current is not None and seen.begins > current.start:
-                yield from closed(seen.begins)
-            if current is None:
-                current = _Stretch(seen.begins, seen.cut)
-            current.add(seen.time, features)
-            if held is not None and seen.time - current.start >= least():
-                yield held
-                held = None
+    for seen, features in encoded:
+        if current is not None and seen.begins > current.start:
+            yield from closed(seen.begins)
+        if current is None:
+            current = _Stretch(seen.begins, seen.cut)
+        current.add(seen.time, features)
+        if held is not None and seen.time - current.start >= least():
+            yield held
+            held = None
     if current is not None:
         yield from closed(max(reader.finish, current.start))
     if held is not None:

@@ -57,7 +57,7 @@ class Batch:
         min_confidence, checksum: see `Run`.
         strict: whether a file that cannot be captioned makes the exit code 1.
         report: the contact sheet, or None.
-        watch: go on as files arrive.
+        watch: go on as files arrive; poll: list the folders again and again to see that.
         ray, address, workers: see `captioner.batch.on_ray`.
         model, device, precision, threads: of the captioner.
         batch_size, clips, options: see `captioner.batch.caption_media`.
@@ -80,6 +80,7 @@ class Batch:
     strict: bool = False
     report: Path | None = None
     watch: bool = False
+    poll: bool = False
     ray: bool = False
     address: str | None = None
     workers: int | None = None
@@ -139,6 +140,7 @@ def run_batch(batch: Batch) -> int:
             min_confidence=batch.min_confidence,
             use_checksum=batch.checksum,
             beside=beside,
+            looks=batch.report is not None,
         )
         code = 0
         with _signals(run) as signalled:
@@ -373,7 +375,9 @@ def _watch(batch: Batch, run: Run) -> None:
         return kept[0]
 
     say(f"watching {', '.join(batch.paths)}; Ctrl-C ends it")
-    for paths in watch(batch.paths, batch.recursive, ignore=run.knows, stop=run.stop):
+    for paths in watch(
+        batch.paths, batch.recursive, ignore=run.knows, force_polling=batch.poll, stop=run.stop
+    ):
         _caption(batch, run, list(find_sources(paths)), load)
 
 
@@ -421,6 +425,8 @@ def _summarise(batch: Batch, run: Run) -> None:
     parts = [f"captioned {_files(counts.captioned)}"]
     if counts.skipped:
         parts.append(f"{_files(counts.skipped)} done before")
+    if counts.looked:
+        parts.append(f"{_files(counts.looked)} looked at once more for --report")
     failures = counts.failed + len(counts.missing)
     if failures:
         parts.append(f"{_files(failures)} could not be: see {batch.errors}")

@@ -260,6 +260,10 @@ class Journal:
         )
         return place, row is not None
 
+    def look(self, place: int, preview: bytes | None, likeness: bytes | None) -> None:
+        """Add to a record what was seen when its file was captioned once more, see `Entry`."""
+        self._write("UPDATE records SET preview = ?, likeness = ? WHERE id = ?", (preview, likeness, place))
+
     def touch(self, path: str, size: int, modified: int, checksum: str) -> None:
         """Note that a file looks otherwise and is the same."""
         self._write(

@@ -35,6 +35,8 @@ CHUNK = 400
 COMMIT_SECONDS = 1.0
 """How much work a kill may cost, at most, beside what is being captioned."""
 COMMIT_FILES = 256
+LOOK = "look"
+"""What the journal calls that an engine has looked closely."""
 
 
 class Beside(Protocol):
@@ -73,13 +75,15 @@ class Counts:
 
     ``captioned`` now, of which ``doubtful``; ``skipped`` because the journal has them; ``failed``, and the
     arguments that were ``missing`` something, with the reason; ``written`` beside files, by output; and what
-    is ``kept`` there as it was, with path and reason.
+    is ``kept`` there as it was, with path and reason. ``looked`` are those among the skipped that were
+    captioned once more only to see where the model looks.
     """
 
     captioned: int = 0
     skipped: int = 0
     failed: int = 0
     doubtful: int = 0
+    looked: int = 0
     written: Counter[str] = field(default_factory=Counter)
     kept: list[tuple[str, str]] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
@@ -103,6 +107,7 @@ class Run:
         min_confidence: float = 0.0,
         use_checksum: bool = False,
         beside: Mapping[str, Beside] | None = None,
+        looks: bool = False,
         tick: Callable[[int], object] = lambda files: None,
         complain: Callable[[str], object] = lambda reason: None,
     ) -> None:
@@ -118,6 +123,8 @@ class Run:
                 ``output``, called ``….review…``, and nothing is written beside their files.
             use_checksum: tell changed files by their content.
             beside: what is written beside files, by a short name without a comma.
+            looks: whether the engine gives a preview of each file; those that were captioned without are
+                captioned once more for that, and their records stay.
             tick: called with how many files are done, as often as that changes.
             complain: called with the reason why a file cannot be captioned, or an input stands for none.
 
@@ -132,7 +139,9 @@ class Run:
         self.stop = threading.Event()
         """Set it to let what is in work end, and nothing new begin."""
         self._identity = journal.identity(identity)
-        self._tags = ",".join(tag(name, output) for name, output in self.beside.items())
+        self._look = f"{LOOK}:1" if looks else ""
+        tags = [tag(name, output) for name, output in self.beside.items()]
+        self._tags = ",".join([self._look, *tags] if looks else tags)
         self._rule = f"min_confidence {min_confidence}"
         self.ledgers: list[Ledger] = []
         if output is not None:
@@ -143,7 +152,7 @@ class Run:
             remove_leftovers(errors)
         journal.commit()
         self._waiting: list[tuple[Entry, Source]] = []
-        self._in_work: dict[str, tuple[Source, str]] = {}
+        self._in_work: dict[str, tuple[Source, str, int | None]] = {}
         self._late: list[tuple[str, Source, dict[str, Any]]] = []
         self._committed = time.monotonic()
 
@@ -204,10 +213,13 @@ class Run:
             for (source, sum_), done in zip(rest, known, strict=True):
                 if self.stopping:
                     return
+                place = None
                 if done is not None and self._is_done(source, sum_, done):
                     self.counts.skipped += 1
-                    continue
-                self._in_work[source.path] = source, sum_
+                    if not self._look or self._look in done.written.split(","):
+                        continue
+                    place = done.id
+                self._in_work[source.path] = source, sum_, place
                 yield source
             self._beside_later()
             self.tick(self.counts.seen)
@@ -272,7 +284,17 @@ class Run:
 
     def _take(self, finished: Finished) -> None:
         record = finished.record
-        source, sum_ = self._in_work.pop(record["path"])
+        source, sum_, place = self._in_work.pop(record["path"])
+        if place is not None:
+            self.counts.skipped -= 1
+            if record["caption"] == self.journal.record(place)["caption"] and record["error"] is None:
+                self.counts.skipped += 1
+                self.counts.looked += 1
+                self.journal.look(place, finished.preview, finished.likeness)
+                self.journal.mark(source.path, LOOK, self._look)
+                if time.monotonic() - self._committed >= COMMIT_SECONDS:
+                    self.flush()
+                return
         entry = Entry(
             record["path"], source.size, source.modified, sum_, record, finished.preview, finished.likeness
         )
@@ -297,6 +319,8 @@ class Run:
         try:
             self.journal.begin()
             places = [self.journal.add(entry, self._identity) for entry, _ in waiting]
+            for entry, _ in waiting if self._look else ():
+                self.journal.mark(entry.path, LOOK, self._look)
             replaces = any(old for _, old in places)
             for ledger in self.ledgers:
                 ledger.prepare(replaces)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from captioner import Captioner
 from captioner.batch import CaptionError, caption_records
+from captioner.batch.journal import Journal
 from captioner.batch.tables import COLUMNS, image_id
 
 
@@ -110,6 +111,7 @@ MISTAKES = {
     "--min-confidence 0.5": "--min-confidence is for a batch",
     "--output o.jsonl --workers 2": "--workers needs --engine ray",
     "--output o.jsonl --srt a.srt": "--srt a.srt: in a batch, give --srt beside for a file next to each",
+    "-o o.jsonl --poll": "--poll needs --watch",
     "--watch --engine ray": "--watch does not go together with --engine ray",
     "--report r.pdf": "--report r.pdf: expected a name that ends in .html",
 }
@@ -220,6 +222,26 @@ def test_a_report(run: Run) -> None:
     assert "http://" not in text.replace("http://www.w3.org", "")
 
 
+def test_a_report_of_what_was_captioned_before(run: Run) -> None:
+    assert run("caption", "p", "-o", "o.jsonl", "--sidecars").code == 0
+    before = Path("o.jsonl").read_text().splitlines()
+    save("p/000009.png", 9)
+    outcome = run("caption", "p", "-o", "o.jsonl", "--sidecars", "--report", "r.html")
+    assert "captioned 1 file; 6 files done before; 6 files looked at once more for --report" in " ".join(
+        outcome.complaints
+    )
+    records = Path("o.jsonl").read_text().splitlines()
+    assert [line for line in before if "bad.jpg" not in line] == records[:6]
+    with Journal(Path("o.jsonl.journal")) as journal:
+        seen = {record["path"]: preview is not None for record, preview in journal.previews()}
+        assert len([*journal.likenesses()]) == 7
+    assert seen == {path: path != "p/bad.jpg" for path in seen}
+    assert len(seen) == 8
+    for options in (["--report", "r.html"], [], ["--report", "r.html"]):
+        outcome = run("caption", "p", "-o", "o.jsonl", "--sidecars", *options)
+        assert "captioned 0 files; 7 files done before; 1 file could not be" in " ".join(outcome.complaints)
+
+
 def test_nothing_to_do_takes_no_torch(run: Run, model: Path) -> None:
     Path("p/bad.jpg").unlink()
     run("caption", "p", "-o", "o.jsonl", "-m", model)
@@ -262,11 +284,14 @@ def test_a_signal_finishes_what_is_in_work(tmp_path: Path, model: Path, kind: si
     assert f"captioner: captioned {captioned:,} files" in lines
 
 
-def test_watching(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--poll"]])
+def test_watching(tmp_path: Path, model: Path, options: list[str]) -> None:
     pytest.importorskip("watchfiles")
     (tmp_path / "p").mkdir()
     save(tmp_path / "p" / "1.png", 1)
-    process = launch("caption", "p", "-o", "o.jsonl", "-m", model, "--watch", "--sidecars", cwd=tmp_path)
+    process = launch(
+        "caption", "p", "-o", "o.jsonl", "-m", model, "--watch", *options, "--sidecars", cwd=tmp_path
+    )
     table = tmp_path / "o.jsonl"
 
     def wait_for(count: int) -> None:
