@@ -93,7 +93,7 @@ def speed(pictures: int, threads: int, repeats: int, model: Path | None) -> bool
     torch.set_num_threads(threads)
     common.print_machine(threads)
     captioner = Captioner.load(model, device="cpu")
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=Path.cwd()) as name:
         folder = Path(name)
         (folder / "p").mkdir()
         files = common.write_photos(folder / "p", pictures)
@@ -137,7 +137,7 @@ def cores(pictures: int, model: Path | None) -> None:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here = str(Path(__file__).parent)
     print("\ncores  files a second")
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=Path.cwd()) as name:
         folder = Path(name)
         (folder / "p").mkdir()
         common.write_photos(folder / "p", pictures)
@@ -176,7 +176,7 @@ def command(folder: Path, output: Path, model: Path | None) -> list[str]:
 def memory(count: int, photos: Path | None, model: Path | None) -> bool:
     """Measure the most memory of many files against 1,000; see, too, that all are captioned, and alike."""
     peaks = {}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=Path.cwd()) as name:
         folder = Path(name)
         (folder / "base").mkdir()
         base = (
@@ -225,7 +225,7 @@ def rerun(count: int, repeats: int, model: Path | None) -> bool:
             record = {"path": source.path, "schema": 1, "caption": "a caption", "confidence": 0.5}
             yield Finished({**record, "words": words, "error": None})
 
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=Path.cwd()) as name:
         folder = Path(name)
         (folder / "base").mkdir()
         (folder / "p").mkdir()

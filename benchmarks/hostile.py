@@ -6,7 +6,9 @@ names that break what prints them, links that loop, devices and pipes. The same 
 
 Every command of `COMMANDS` runs over it in a process of its own, and every file then alone, against a clock.
 Bars: no crash; no file takes longer than 10 s; the most memory is at most 3 GiB above that of as many good
-files; every file is named exactly once in outputs that parse; standard error holds lines of ours only.
+files; every file is named exactly once in outputs that parse; standard error holds lines of ours only. What
+writes beside files or into them works on a corpus of its own: there every file must have the bytes that it
+had, or at least the pixels, and what stands beside it must be its caption.
 
 ``--fuzz N`` runs the tests of tests/hostile with N inputs for each reader instead.
 """
@@ -27,10 +29,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
+import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +70,12 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def _clip(name: str, codec: str, frames: int = 12, size: tuple[int, int] = (96, 64), **options: Any) -> bytes:
-    """A clip of 10 frames a second through PyAV."""
+def _clip(
+    name: str, codec: str, size: tuple[int, int] = (96, 64), times: Sequence[float] = (), **options: Any
+) -> bytes:
+    """A clip through PyAV: of 12 frames, 10 a second, or of one at each of these seconds."""
+    from fractions import Fraction
+
     import av
 
     with tempfile.TemporaryDirectory() as folder:
@@ -76,8 +85,12 @@ def _clip(name: str, codec: str, frames: int = 12, size: tuple[int, int] = (96, 
             stream.width, stream.height = size
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             stream.thread_count = 1  # the same bytes on every machine
-            for number in range(frames):
+            if times:
+                stream.codec_context.time_base = Fraction(1, 1000)
+            for number in range(len(times) or 12):
                 frame = av.VideoFrame.from_image(_pixels(*size, number))
+                if times:
+                    frame.pts, frame.time_base = round(times[number] * 1000), Fraction(1, 1000)
                 for packet in stream.encode(frame):
                     container.mux(packet)
             for packet in stream.encode():
@@ -262,11 +275,16 @@ def _zeros(size: int) -> bytes:
     return zlib.compress(bytes(size), 9)
 
 
-def gif(width: int, height: int, frames: int, *, part: tuple[int, int] = (1, 1), comment: int = 0) -> bytes:
-    """Return a GIF whose frames are ``part`` pixels of a screen; ``comment`` blocks of text go first."""
+def gif(
+    width: int, height: int, frames: int, *, part: tuple[int, int] = (1, 1), comment: int = 0, delay: int = 5
+) -> bytes:
+    """Return a GIF whose frames are ``part`` pixels of a screen; ``comment`` blocks of text go first.
+
+    Each is shown for ``delay`` hundredths of a second.
+    """
     screen = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
     text = b"!\xfe" + (b"\xff" + b"x" * 255) * comment + b"\0" if comment else b""
-    control = b"!\xf9\x04\x08\x05\0\0\0"  # 50 ms, then the background again
+    control = b"!\xf9\x04\x08" + struct.pack("<H", delay) + b"\0\0"  # then the background again
     image = control + b"," + struct.pack("<HHHHB", 0, 0, *part, 0) + b"\x02\x02\x44\x01\0"
     return screen + text + image * frames + b";"
 
@@ -358,7 +376,8 @@ def _large_bombs() -> Iterator[tuple[str, bytes]]:
     yield "largest-16-bit.png", png(16_384, 16_384, colour=0, depth=16)
     yield "strip.png", png(2**28, 1, colour=0)
     yield "many-frames.gif", gif(3_000, 3_000, 20_000)
-    yield "many-tiny-frames.gif", gif(2, 2, 1_000)
+    yield "many-tiny-frames.gif", gif(2, 2, 5_000)
+    yield "frames-of-11-minutes.gif", gif(2, 2, 1_000, delay=65_535)
     yield "long-comment.gif", gif(8, 8, 2, comment=40_000)
     yield "16000-by-16000.jpg", _jpeg_size(files["plain.jpg"], 16_000, 16_000)
     yield "16000-by-16000-progressive.jpg", _jpeg_size(files["progressive.jpg"], 16_000, 16_000)
@@ -410,6 +429,7 @@ def bombs(small: bool = False) -> Iterator[tuple[str, bytes]]:
     # GIF
     yield "65535-by-65535.gif", gif(65_535, 65_535, 50)
     yield "many-frames-of-a-large-screen.gif", gif(16_000, 16_000, 3_000)
+    yield "two-frames-of-11-minutes.gif", gif(2, 2, 2, delay=65_535)
     yield "no-frames.gif", gif(64, 64, 0)
     yield "no-screen.gif", gif(0, 0, 3)
     # JPEG
@@ -492,6 +512,11 @@ def bombs(small: bool = False) -> Iterator[tuple[str, bytes]]:
                 b"mvhd" + mp4[mp4.find(b"mvhd") + 4 :][:16] + b"\xff" * 4,
             ),
         )
+    try:
+        yield "frames-10-hours-apart.mp4", _clip("a.mp4", "mpeg4", times=(0, 36_000))
+        yield "frames-10-hours-apart.mkv", _clip("a.mkv", "mpeg4", times=(0, 36_000))
+    except Exception:  # a codec that is not there, as in `good_files`
+        pass
     yield "nested.mkv", _matroska_nested(20_000)
     yield (
         "nested-tracks.mkv",
@@ -734,36 +759,68 @@ class Command:
     """A way to caption a folder.
 
     Attributes:
-        options: of ``captioner caption FOLDER --recursive``; ``{output}`` is a path in a new folder.
-        names: returns the paths that the results name, as bytes, from standard output and that path.
+        options: of ``captioner caption FOLDER --recursive``; ``{results}`` is a path in a new folder.
+        names: returns the paths that the results name, as bytes, from standard output, that path, and the
+            cases.
+        code: how it ends when some files could not be captioned.
+        apart: if given, the files come as a list on standard input, and only the first of those for which
+            this is the same: their outputs would be one.
+        writes: whether it writes beside files or into them, so that it gets a corpus of its own.
+        look: returns what else is wrong with the results, from that path, the corpus as it was, the corpus as
+            it is now, and the cases.
     """
 
     options: tuple[str, ...]
-    names: Callable[[bytes, Path], list[bytes]]
+    names: Callable[[bytes, Path, Sequence[Case]], list[bytes]]
+    code: int = 1
+    apart: Callable[[str], object] | None = None
+    writes: bool = False
+    look: Callable[[Path, Path, Path, Sequence[Case]], list[str]] | None = None
+
+    def chosen(self, cases: Sequence[Case]) -> list[Case]:
+        """Return the cases that it is about."""
+        if self.apart is None:
+            return list(cases)
+        found: dict[object, Case] = {}
+        for case in cases:
+            if case.listed:
+                found.setdefault(self.apart(os.fsdecode(case.path)), case)
+        return list(found.values())
 
 
-def _json_names(text: bytes, output: Path) -> list[bytes]:
+def _json_names(text: bytes, results: Path, cases: Sequence[Case]) -> list[bytes]:
     return [os.fsencode(record["path"]) for record in json.loads(text.decode())]
 
 
-def _jsonl_names(text: bytes, output: Path) -> list[bytes]:
-    return [os.fsencode(json.loads(line)["path"]) for line in text.decode().split("\n") if line]
+def _jsonl_records(text: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.decode().split("\n") if line]
 
 
-def _csv_names(text: bytes, output: Path) -> list[bytes]:
+def _jsonl_names(text: bytes, results: Path, cases: Sequence[Case]) -> list[bytes]:
+    return [os.fsencode(record["path"]) for record in _jsonl_records(text)]
+
+
+def _csv_names(text: bytes, results: Path, cases: Sequence[Case]) -> list[bytes]:
     rows = csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True)
     # a video has a row for each of its segments, and one for its error
     return [_unescaped(path) for path, _ in itertools.groupby(row["path"] for row in rows)]
 
 
-def _parquet_names(text: bytes, output: Path) -> list[bytes]:
+def _parquet_names(text: bytes, results: Path, cases: Sequence[Case]) -> list[bytes]:
     import pyarrow.parquet
 
-    return [_unescaped(path) for path in pyarrow.parquet.read_table(output)["path"].to_pylist()]
+    rows = pyarrow.parquet.read_table(results.with_suffix(".parquet"))["path"].to_pylist()
+    return [_unescaped(path) for path, _ in itertools.groupby(rows)]
 
 
-def _coco_names(text: bytes, output: Path) -> list[bytes]:
-    return [_unescaped(str(record["image_id"])) for record in json.loads(output.read_text("utf-8"))]
+def _coco_names(text: bytes, results: Path, cases: Sequence[Case]) -> list[bytes]:
+    """Return what has a caption, and nothing twice."""
+    from captioner.batch.tables import image_id
+
+    own = {image_id(os.fsdecode(case.path)): case.path for case in cases}
+    records = json.loads(results.with_suffix(".json").read_text("utf-8"))
+    assert all(record["caption"] for record in records)
+    return [own[record["image_id"]] for record in records]
 
 
 def _unescaped(path: str) -> bytes:
@@ -774,17 +831,152 @@ def _unescaped(path: str) -> bytes:
     return data
 
 
-def _of_output(names: Callable[[bytes, Path], list[bytes]]) -> Callable[[bytes, Path], list[bytes]]:
-    return lambda text, output: names(output.read_bytes(), output)
+def _of_table(names: Callable[..., list[bytes]], suffix: str) -> Callable[..., list[bytes]]:
+    """Return what a table names, and what only the list of errors does: arguments that stand for no file."""
 
+    def found(text: bytes, results: Path, cases: Sequence[Case]) -> list[bytes]:
+        named = names(results.with_suffix(suffix).read_bytes(), results, cases)
+        errors = _jsonl_names(results.with_name("results.errors.jsonl").read_bytes(), results, cases)
+        known = set(named)
+        return named + [path for path in errors if path not in known]
+
+    return found
+
+
+# What a command leaves behind beside its table.
+
+
+class _Tags(HTMLParser):
+    """The elements of a page with their attributes, and the rows in its data."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
+        self.rows: list[list[Any]] = []
+        self._in_rows = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in_rows = ("class", "rows") in attrs
+        if not self._in_rows:
+            self.tags.append((tag, tuple(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_rows = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_rows:
+            self.rows += json.loads(data.split("\n", 1)[0])
+
+
+def _page_faults(page: Path, names: list[bytes]) -> list[str]:
+    """Return whether a report has other elements than an empty one: a name would have become one."""
+    from captioner.batch.page import write_page
+
+    read, plain = _Tags(), _Tags()
+    read.feed(page.read_text("utf-8"))
+    empty = page.with_name("empty.html")
+    write_page(empty, "nothing", [])
+    plain.feed(empty.read_text("utf-8"))
+    found = []
+    if read.tags != plain.tags:
+        other = [tag for tag in read.tags if tag not in plain.tags]
+        found.append(f"the report has elements of its own, such as {other[:1]}")
+    if sorted(os.fsencode(row[0]) for row in read.rows) != sorted(names):
+        found.append("the report does not show what the table names")
+    return found
+
+
+def _same_pixels(one: Path, other: Path) -> bool:
+    """Tell whether two pictures have the same frames; of very large ones, the same size."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # Pillow's, of damage
+        a, b = stack.enter_context(Image.open(one)), stack.enter_context(Image.open(other))
+        frames = getattr(a, "n_frames", 1)
+        if a.size != b.size or frames != getattr(b, "n_frames", 1):
+            return False
+        if a.width * a.height > 2**24:
+            return True
+        for number in range(min(frames, 16)):
+            a.seek(number)
+            b.seek(number)
+            if a.convert("RGBA").tobytes() != b.convert("RGBA").tobytes():
+                return False
+    return True
+
+
+def _left_behind(results: Path, before: Path, now: Path, cases: Sequence[Case]) -> list[str]:
+    """Look at a corpus after a run that wrote beside files and into them, and at the report."""
+    records = {
+        os.fsencode(record["path"]): record
+        for record in _jsonl_records(results.with_suffix(".jsonl").read_bytes())
+    }
+    found, changed, beside = [], 0, 0
+    for case in cases:
+        path = Path(os.fsdecode(case.path))
+        was = before / path.relative_to(now)
+        try:
+            if not os.access(path, os.R_OK) or not path.is_file() or path.stat().st_size > 2**26:
+                continue
+        except OSError:  # a link to nowhere
+            continue
+        record = records[case.path]
+        if path.read_bytes() != was.read_bytes():
+            changed += 1
+            same = False
+            with contextlib.suppress(OSError):  # it cannot be decoded any more
+                same = _same_pixels(was, path)
+            if record["error"] is not None or not same:
+                found.append(f"{case.path!r} is not the picture that it was")
+        texts = {suffix: path.with_suffix(suffix) for suffix in (".txt", ".srt")}
+        if not record["caption"]:
+            found += [f"{text} is of no caption" for text in texts.values() if os.path.lexists(text)]
+            continue
+        beside += 1
+        if texts[".txt"].read_bytes() != f"{record['caption']}\n".encode():
+            found.append(f"{texts['.txt']} is not the caption")
+        if "segments" in record and path.suffix.lower() in (".mp4", ".mkv", ".webm"):
+            cues = texts[".srt"].read_text("utf-8").strip().split("\n\n")
+            if not all("-->" in cue.split("\n")[1] for cue in cues):
+                found.append(f"{texts['.srt']} is no subtitles")
+    if not changed or not beside:
+        found.append(f"alt text was written into {changed} files and sidecars beside {beside}")
+    return found + _page_faults(results.with_suffix(".html"), [*records])
+
+
+def _sidecar(path: str) -> str:
+    """Return what the sidecars of files have in common, on a disk that tells as little apart as any."""
+    return unicodedata.normalize("NFC", os.path.splitext(path)[0]).casefold()
+
+
+def _coco_id(path: str) -> object:
+    from captioner.batch.tables import image_id
+
+    return image_id(path)
+
+
+_EVERYTHING = "--sidecars --alt-text --srt beside --output {results}.jsonl --report {results}.html"
 
 COMMANDS = {
     "jsonl": Command(("--jsonl",), _jsonl_names),
     "json": Command(("--json",), _json_names),
     "csv": Command(("--csv",), _csv_names),
-    "output-jsonl": Command(("--output", "{output}.jsonl"), _of_output(_jsonl_names)),
-    "output-csv": Command(("--output", "{output}.csv"), _of_output(_csv_names)),
-    "output-parquet": Command(("--output", "{output}.parquet"), _parquet_names),
+    "output-jsonl": Command(("--output", "{results}.jsonl"), _of_table(_jsonl_names, ".jsonl"), code=0),
+    "output-csv": Command(("--output", "{results}.csv", "--strict"), _of_table(_csv_names, ".csv")),
+    "output-parquet": Command(
+        ("--output", "{results}.parquet"), _of_table(_parquet_names, ".parquet"), code=0
+    ),
+    "output-coco": Command(
+        ("--output", "{results}.json"), _of_table(_coco_names, ".json"), code=0, apart=_coco_id
+    ),
+    "everything": Command(
+        tuple(_EVERYTHING.split()),
+        _of_table(_jsonl_names, ".jsonl"),
+        code=0,
+        apart=_sidecar,
+        writes=True,
+        look=_left_behind,
+    ),
 }
 """What is run over the corpus; add to it what else is written."""
 
@@ -798,55 +990,69 @@ class Outcome:
     err: str
     seconds: float
     peak: int
-    output: Path
+    results: Path
 
 
-def caption_folder(folder: Path, command: Command, options: list[str], patience: float = 3600.0) -> Outcome:
-    """Run ``captioner caption FOLDER --recursive`` in a process of its own and measure it."""
+def caption_folder(
+    folder: Path,
+    command: Command,
+    cases: Sequence[Case],
+    options: list[str],
+    place: Path,
+    patience: float = 3600.0,
+) -> Outcome:
+    """Caption a folder, or the cases that the command chooses, in a process of its own, and measure it.
+
+    Args:
+        folder, command, cases: what and how.
+        options: for all commands.
+        place: a folder that is there, for the results.
+        patience: seconds after which the process is ended.
+    """
     import psutil
 
-    with tempfile.TemporaryDirectory() as place:
-        output = Path(place) / "results"
-        given = [option.replace("{output}", str(output)) for option in command.options]
-        for option in given:
-            if option.startswith(str(output)):
-                output = Path(option)
-        code = "from captioner.cli import main; main()"
-        arguments = [sys.executable, "-c", code, "caption", str(folder), "--recursive", *given, *options]
-        begun, peak = time.monotonic(), 0
-        with open(Path(place) / "out", "w+b") as out, open(Path(place) / "err", "w+b") as err:
-            process = psutil.Popen(arguments, stdout=out, stderr=err)
-            while process.poll() is None:
-                try:
-                    peak = max(peak, process.memory_info().rss)
-                except psutil.Error:
-                    break
-                if time.monotonic() - begun > patience:
-                    process.kill()
-                time.sleep(0.02)
-            returned = process.wait()
-            out.seek(0)
-            err.seek(0)
-            text, complaints = out.read(), err.read().decode("utf-8", "backslashreplace")
-        kept = output.read_bytes() if output.exists() else b""
-        names_place = Path(tempfile.mkdtemp()) / output.name
-        names_place.write_bytes(kept)
-        return Outcome(returned, text, complaints, time.monotonic() - begun, peak, names_place)
+    results = place / "results"
+    given = [option.replace("{results}", str(results)) for option in command.options]
+    listed = b"" if command.apart is None else b"".join(c.path + b"\0" for c in command.chosen(cases))
+    what = [str(folder), "--recursive"] if command.apart is None else ["-"]
+    code = "from captioner.cli import main; main()"
+    (place / "in").write_bytes(listed)
+    begun, peak = time.monotonic(), 0
+    with open(place / "in", "rb") as read, open(place / "out", "wb") as out, open(place / "err", "wb") as err:
+        process = psutil.Popen(
+            [sys.executable, "-c", code, "caption", *what, *given, *options],
+            stdin=read,
+            stdout=out,
+            stderr=err,
+        )
+        while process.poll() is None:
+            try:
+                peak = max(peak, process.memory_info().rss)
+            except psutil.Error:
+                break
+            if time.monotonic() - begun > patience:
+                process.kill()
+            time.sleep(0.02)
+        returned = process.wait()
+    complaints = (place / "err").read_bytes().decode("utf-8", "backslashreplace")
+    seconds = time.monotonic() - begun
+    return Outcome(returned, (place / "out").read_bytes(), complaints, seconds, peak, results)
 
 
-def faults(outcome: Outcome, command: Command, cases: list[Case]) -> list[str]:
+def faults(outcome: Outcome, command: Command, cases: Sequence[Case]) -> list[str]:
     """Return what a run over the corpus did wrong, a line each."""
     found = []
-    if outcome.code != 1:  # some files could not be captioned
-        found.append(f"exit code {outcome.code}, expected 1")
+    if outcome.code != command.code:
+        found.append(f"exit code {outcome.code}, expected {command.code}")
     for line in outcome.err.splitlines():
         if not line.startswith("captioner: "):
             found.append(f"on standard error: {line[:200]}")
             break
     if "Traceback" in outcome.err:
         found.append("a traceback: " + " | ".join(outcome.err.splitlines()[-3:])[:300])
+    cases = command.chosen(cases)
     try:
-        names = command.names(outcome.out, outcome.output)
+        names = command.names(outcome.out, outcome.results, cases)
     except Exception as error:
         return [*found, f"the output does not parse: {type(error).__name__}: {str(error)[:200]}"]
     counted: dict[bytes, int] = {}
@@ -964,11 +1170,21 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--commands", nargs="*", choices=[*COMMANDS], help="only these; all if left out")
+    parser.add_argument(
+        "--commands",
+        nargs="*",
+        default=[*COMMANDS],
+        metavar="NAME",
+        help=f"of {', '.join(COMMANDS)}, or none",
+    )
+    parser.add_argument("--no-files", action="store_true", help="do without the run file by file")
     parser.add_argument("--keep", type=Path, help="make the corpus in this new folder, run nothing, keep it")
     parser.add_argument("--fuzz", type=int, metavar="N", help="N inputs for each reader through hypothesis")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    unknown = [label for label in options.commands if label not in COMMANDS]
+    if unknown:
+        parser.error(f"no command {unknown[0]}; there are {', '.join(COMMANDS)}")
     if options.worker:
         return work(options.model)
     if options.fuzz:
@@ -989,8 +1205,8 @@ def main() -> int:
     try:
         return _all(place, options, more)
     finally:
-        if (place / "corpus").exists():
-            remove(place / "corpus")
+        for corpus in place.glob("*/places"):
+            remove(corpus.parent)
         remove(place)
 
 
@@ -998,33 +1214,57 @@ def _all(place: Path, options: argparse.Namespace, more: list[str]) -> int:
     cases = write_corpus(place / "corpus", each=options.each, seed=options.seed)
     files = [case for case in cases if case.listed]
     others = sum(case.listed is None for case in cases)
-    print(f"{len(cases)} cases: {len(files)} files, {others} devices, pipes and the like")
+    print(f"{len(cases)} cases: {len(files)} files, {others} devices, pipes and the like", flush=True)
+    usual = _over_good_files(place, len(files), more) if options.commands else 0
     failed = False
-
-    plain = place / "plain"
-    plain.mkdir()
-    sources = [*good_files().items()]
-    for number in range(len(files)):
-        name, data = sources[number % len(sources)]
-        (plain / f"{number:05d}{Path(name).suffix}").write_bytes(data)
-    good = caption_folder(plain, COMMANDS["jsonl"], more)
-    print(f"\nas many good files: exit code {good.code}, {good.seconds:.0f} s, {good.peak / 2**20:.0f} MiB")
-    for label in options.commands or COMMANDS:
-        command = COMMANDS[label]
-        found = caption_folder(place / "corpus", command, more)
-        problems = faults(found, command, cases)
-        extra = found.peak - good.peak
+    for label in options.commands:
+        command, folder, own = COMMANDS[label], place / "corpus", cases
+        if command.writes:
+            folder = place / "written"
+            own = write_corpus(folder, each=options.each, seed=options.seed)
+        results = Path(tempfile.mkdtemp(dir=place))
+        found = caption_folder(folder, command, own, more, results)
+        problems = faults(found, command, own)
+        if command.look is not None:
+            try:
+                problems += command.look(found.results, place / "corpus", folder, command.chosen(own))
+            except Exception as error:
+                problems.append(f"what it left cannot be read: {type(error).__name__}: {str(error)[:200]}")
+        extra = found.peak - usual
         if extra > EXTRA_MEMORY:
             problems.append("too much memory")
         failed |= bool(problems)
         print(
-            f"{label}: exit code {found.code}, {found.seconds:.0f} s, {found.peak / 2**20:.0f} MiB at most"
-            f" ({extra / 2**20:+.0f}): {'good' if not problems else 'FAILED'}"
+            f"{label}: {len(command.chosen(own))} cases, exit code {found.code}, {found.seconds:.0f} s,"
+            f" {found.peak / 2**20:.0f} MiB at most ({extra / 2**20:+.0f}):"
+            f" {'good' if not problems else 'FAILED'}"
         )
-        for problem in problems:
+        for problem in problems[:20]:
             print(f"    {problem}")
+        sys.stdout.flush()
+        if command.writes:
+            remove(folder)
+    if not options.no_files:
+        failed |= not _file_by_file([case.path for case in cases if case.listed is not False], options.model)
+    return int(failed)
 
-    records = list(caption_each([case.path for case in cases if case.listed is not False], options.model))
+
+def _over_good_files(place: Path, count: int, more: list[str]) -> int:
+    """Caption as many good files, say what it took, and return the bytes of memory."""
+    plain = place / "plain"
+    plain.mkdir()
+    sources = [*good_files().items()]
+    for number in range(count):
+        name, data = sources[number % len(sources)]
+        (plain / f"{number:05d}{Path(name).suffix}").write_bytes(data)
+    good = caption_folder(plain, COMMANDS["jsonl"], [], more, Path(tempfile.mkdtemp(dir=place)))
+    print(f"\nas many good files: exit code {good.code}, {good.seconds:.0f} s, {good.peak / 2**20:.0f} MiB")
+    return good.peak
+
+
+def _file_by_file(paths: list[bytes], model: str) -> bool:
+    """Caption each file alone; print what became of them, and return whether the bars hold."""
+    records = list(caption_each(paths, model))
     hangs = [record for record in records if record.get("hang")]
     crashes = [r for r in records if "crash" in r or r.get("exception")]
     reported = sum(bool(record["error"]) for record in records)
@@ -1041,9 +1281,7 @@ def _all(place: Path, options: argparse.Namespace, more: list[str]) -> int:
     for record in hungry:
         print(f"    {record.get('peak', 0) / 2**20:6.0f} MiB  {os.path.basename(record['path'])!r}")
     most = slowest[0]["seconds"] if slowest else 0.0
-    failed |= bool(crashes or hangs)
-    failed |= not common.verdict("slowest file, seconds", most, at_most=SLOWEST)
-    return int(failed)
+    return common.verdict("slowest file, seconds", most, at_most=SLOWEST) and not crashes and not hangs
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from captioner.captioner import Captioner
     from captioner.checkpoint import CheckpointError
     from captioner.encoder import EncoderError, GridFeatures
-    from captioner.images import ImageError
+    from captioner.inputs import ImageError
     from captioner.video import VideoError
 
 __all__ = [
@@ -41,7 +41,7 @@ _HOMES = {
     "CheckpointError": "checkpoint",
     "EncoderError": "encoder",
     "GridFeatures": "encoder",
-    "ImageError": "images",
+    "ImageError": "inputs",
     "Segment": "caption",
     "VideoCaption": "caption",
     "VideoError": "video",

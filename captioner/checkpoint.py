@@ -23,7 +23,8 @@ from captioner.decoder import DecoderConfig
 from captioner.encoder import Encoder, EncoderError
 from captioner.files import write_atomically
 from captioner.frame_encoder import FrameConfig
-from captioner.images import Preprocess, one_line
+from captioner.images import Preprocess
+from captioner.inputs import one_line
 from captioner.model import CaptionModel
 from captioner.search import SearchOptions
 

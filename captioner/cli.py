@@ -19,18 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from captioner._version import __version__
-from captioner.console import (
-    FAILED,
-    INTERRUPTED,
-    UNREAD,
-    UNUSABLE,
-    dumps,
-    fail,
-    mistakes,
-    printable,
-    say,
-    show,
-)
+from captioner.console import FAILED, INTERRUPTED, UNREAD, UNUSABLE, dumps, fail, mistakes, say, show
+from captioner.inputs import printable
 from captioner.outputs import (
     CLIP_FORMATS,
     CsvWriter,
@@ -742,7 +732,7 @@ def _box(text: str) -> tuple[float, ...] | None:
 def _find(paths: list[str], recursive: bool) -> tuple[list[str], list[tuple[str, str]]]:
     """Return the files that the arguments name, each once, and for the others (argument, reason)."""
     from captioner.batch import find_files
-    from captioner.images import ImageError
+    from captioner.inputs import ImageError
 
     files: dict[Path, str] = {}
     missing: dict[str, str] = {}

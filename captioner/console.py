@@ -10,6 +10,8 @@ from typing import NoReturn
 
 import typer
 
+from captioner.inputs import printable
+
 FAILED = 1
 """Exit code when some file could not be captioned; the others were."""
 UNUSABLE = 2
@@ -33,12 +35,6 @@ def fail(message: object) -> NoReturn:
     """Say why nothing can be done, and end."""
     say(message)
     raise typer.Exit(UNUSABLE)
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would not print: one line stays one line, whatever a file is called."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(text: str, end: str = "\n") -> None:

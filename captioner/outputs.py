@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.batch.tables import COLUMNS, csv_line
-from captioner.console import dumps, fail, printable, say, show
+from captioner.console import dumps, fail, say, show
+from captioner.inputs import printable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,20 +23,11 @@ from typing import IO, Any, Protocol, Union
 import numpy as np
 
 from captioner import images
-from captioner.images import ImageError
+from captioner.inputs import VIDEO_SUFFIXES, ImageError, brands_of, kind_of, name_of, open_file
 
 VideoPath = Union[str, "os.PathLike[str]"]
 Watcher = Callable[[float, np.ndarray], None]
 """Called with the time in seconds and the picture ``(H, W, 3)`` uint8 RGB of a frame."""
-
-# fmt: off
-VIDEO_SUFFIXES = frozenset((
-    ".mp4", ".m4v", ".mov", ".qt", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".asf", ".flv", ".f4v",
-    ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".vob", ".ogv", ".mxf",
-))
-# fmt: on
-"""Lower-case suffixes that count as videos when a folder is listed. Animations have those of photos."""
-
 
 MAX_FRAME = 2**26
 """Videos and animations whose frames have more pixels (67 million, twice 8K) are refused: a decoder holds
@@ -100,11 +91,11 @@ def is_video(path: VideoPath) -> bool:
         with open(name, "rb") as stream:
             head = stream.read(_HEAD)
             kind = _sniff(head)
-            if images._kind(head) is not None:
+            if kind_of(head) is not None:
                 if kind not in _ANIMATED or (kind == "webp" and not _webp_may_move(head)):
                     return False
                 stream.seek(0)
-                return bool(getattr(images._identify(stream, suffix, name), "is_animated", False))
+                return bool(getattr(images.identify(stream, suffix, name), "is_animated", False))
     except Exception:  # missing, or damaged in whatever way: the reader says so
         return suffix in VIDEO_SUFFIXES
     return suffix in VIDEO_SUFFIXES if kind is None or kind in _NO_VIDEO else True
@@ -244,7 +235,7 @@ def segments(
     if not shots:
         finish = duration(path)
         if start >= finish:
-            raise _ends_before(images._name(path), finish, start)
+            raise _ends_before(name_of(path), finish, start)
         return _windows(start, finish if end is None else min(end, finish), seconds)
 
     finder = Shots(threshold)
@@ -446,7 +437,7 @@ class _Truncated(VideoError):
 
 def _open(path: VideoPath) -> _Source:
     """Open a file by its content."""
-    name = images._name(path)
+    name = name_of(path)
     try:
         stream = _open_file(os.fsdecode(path), name)
     except ImageError as error:
@@ -456,7 +447,7 @@ def _open(path: VideoPath) -> _Source:
         head = stream.read(_HEAD)
         if not head:
             raise VideoError(f"{name}: the file is empty; copy or download it again")
-        picture, kind = images._kind(head), _sniff(head)
+        picture, kind = kind_of(head), _sniff(head)
         if picture is not None:
             stream.seek(0)
             source = _Animation(stream, picture, name)
@@ -500,7 +491,7 @@ def _open_file(path: str, name: str) -> IO[bytes]:
         raise VideoError(f"{name}: this is a pipe, and videos are not read in order; save it to a file first")
     if stat.S_ISCHR(mode):
         raise VideoError(f"{name}: this is a device, not a file; a camera can be captioned live")
-    return images._open_path(path, name)
+    return open_file(path, name)
 
 
 class _Capture:
@@ -629,7 +620,7 @@ class _Animation:
         self.rate: float | None = None
         self.duration: float | None = None
         try:
-            self._image: Any = images._identify(stream, "", name)
+            self._image: Any = images.identify(stream, "", name)
             images._check_size(*self._image.size, name)
             self._count = getattr(self._image, "n_frames", 1) if kind in _ANIMATED else 1
             frame = self._image.width * self._image.height
@@ -698,7 +689,7 @@ class _Animation:
         self._stream.close()
 
     def _explain(self, error: Exception) -> VideoError:
-        return VideoError(str(error if isinstance(error, ImageError) else images._explain(error, self.name)))
+        return VideoError(str(error if isinstance(error, ImageError) else images.explain(error, self.name)))
 
 
 _MOST_WORK = 2**30
@@ -803,11 +794,11 @@ class _Container:
 
 def _sniff(head: bytes) -> str | None:
     """Name the kind of file that begins with ``head``, or None."""
-    picture = images._kind(head)
+    picture = kind_of(head)
     if picture is not None:
         return picture
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof"):
-        return "raw" if b"crx " in images._brands(head) else "mp4"
+        return "raw" if b"crx " in brands_of(head) else "mp4"
     if head.startswith(b"RIFF"):
         return {b"AVI ": "avi", b"WAVE": "sound"}.get(head[8:12])
     for magic, kind in _MAGIC.items():
@@ -1096,7 +1087,7 @@ class _Reader:
         if isinstance(source, int):
             self._name = f"camera {source}"
         else:  # without user and password
-            self._name = images._name(re.sub(r"(?<=://)[^/@\s]*@", "", source))
+            self._name = name_of(re.sub(r"(?<=://)[^/@\s]*@", "", source))
         self._changed = threading.Condition()
         self._latest: tuple[float, Any] | None = None
         self._heard = time.monotonic()

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from captioner import images, video
+from captioner import video
 from captioner.caption import Caption, Segment, VideoCaption, Word, clock
+from captioner.inputs import kind_of
 from captioner.overlay import (
     _FAINT,
     _INK,
@@ -529,7 +530,7 @@ def _open(av: ModuleType, path: Path) -> _Video | _Animation:
             head = file.read(4096)
     except OSError as error:
         raise VideoOverlayError(f"{path}: cannot be read ({_reason(error)})") from error
-    return _Video(av, path) if images._kind(head) is None else _Animation(path)
+    return _Video(av, path) if kind_of(head) is None else _Animation(path)
 
 
 # --- writing --------------------------------------------------------------------------------------------

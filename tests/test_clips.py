@@ -270,6 +270,33 @@ def test_neighbours_that_say_the_same_are_one(tmp_path: Path, captioner: Caption
     assert weights.sum((1, 2)) == pytest.approx(np.ones(len(weights)), abs=1e-5)
 
 
+@pytest.mark.usefixtures("apart")
+def test_what_does_not_change_is_looked_at_once(
+    tmp_path: Path, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = scenes(2)
+    clip = write(tmp_path / "a.avi", [one] * 20 + [other] * 10 + [one] * 14, rate=2, codec="mjpeg")
+    looked: list[int] = []
+    said: list[str] = []
+    encode, caption = captioner.encode_pixels, captioner.caption
+    monkeypatch.setattr(captioner, "encode_pixels", lambda p: looked.append(len(p)) or encode(p))
+    monkeypatch.setattr(captioner, "caption", lambda *a, **o: said.append("") or caption(*a, **o))
+    found = captioner.caption_video(clip, segment=2, n_best=2).segments
+    assert sum(looked) == 3
+    assert len(said) == 4  # the first, the other, half and half, the first again
+    monkeypatch.setattr(clips, "_same", lambda one, other: False)
+    expected = captioner.caption_video(clip, segment=2, n_best=2).segments
+    assert sum(looked) == 3 + 44
+    assert texts(found) == texts(expected)
+    assert len(set(texts(found))) > 1
+    assert (spans(found), moments(found)) == (spans(expected), moments(expected))
+    for segment, as_before in zip(found, expected, strict=True):
+        assert segment.caption.attention == pytest.approx(as_before.caption.attention, abs=1e-5)
+        assert segment.caption.confidence == pytest.approx(as_before.caption.confidence, abs=1e-5)
+        for hypothesis in segment.caption.n_best:
+            assert hypothesis.times.tolist() == segment.times.tolist()
+
+
 def test_segments_and_progress_come_while_the_clip_is_read(tmp_path: Path, captioner: Captioner) -> None:
     one, other = scenes(2)
     assert len({captioner.caption(picture, beam=1).text for picture in (one, other)}) == 2

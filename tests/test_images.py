@@ -18,7 +18,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
 from captioner import images
-from captioner.images import Fit, ImageError, Preprocess, find_images, load, normalise, open_image
+from captioner.images import Fit, Preprocess, load, normalise, open_image
+from captioner.inputs import ImageError, find_images
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 PHOTOS = Path(skimage.__file__).parent / "data"

@@ -18,7 +18,8 @@ from PIL import Image
 
 from captioner import overlay
 from captioner.caption import Alternative, Caption, Word
-from captioner.images import Fit, ImageError
+from captioner.images import Fit
+from captioner.inputs import ImageError
 
 
 def fitted(mode: str, width: int, height: int) -> Fit:

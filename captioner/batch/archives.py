@@ -13,7 +13,6 @@ import tarfile
 from collections.abc import Callable, Iterator, Set
 from typing import IO, Any, NamedTuple
 
-from captioner import images
 from captioner.batch.remote import (
     MAX_BYTES,
     Counted,
@@ -23,7 +22,7 @@ from captioner.batch.remote import (
     open_remote,
     suffix_of,
 )
-from captioner.images import ImageError
+from captioner.inputs import ImageError, name_of, open_file, unreadable
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -140,19 +139,19 @@ def read_archive(path: str, suffixes: Set[str]) -> Iterator[Entry]:
     Raises:
         ImageError: the archive cannot be read, or not to its end; after the files that are whole.
     """
-    name = images._name(path)
+    name = name_of(path)
     with contextlib.ExitStack() as stack:
         if is_url(path):
             stream: IO[bytes] = stack.enter_context(open_remote(path))
             end, changed = None, 0
         else:
-            stream = stack.enter_context(images._open_path(path, name))
+            stream = stack.enter_context(open_file(path, name))
             status = os.stat(path)
             end, changed = status.st_size, status.st_mtime_ns
         try:
             yield from _read(path, name, stream, end, changed, suffixes)
         except OSError as error:
-            raise images._unreadable(error, name) from error
+            raise unreadable(error, name) from error
 
 
 def _read(
@@ -173,7 +172,7 @@ def _read(
             raise _damaged(name, "a size is wrong")
         inner = re.sub(r"^(\./+)+", "", found.name)
         if suffix_of(inner) in suffixes and not _is_hidden(inner):
-            member = images._name(f"{path}/{inner[:_LONGEST_NAME]}")
+            member = name_of(f"{path}/{inner[:_LONGEST_NAME]}")
             size, begin, modified = found.size, found.offset_data, nanoseconds(found.mtime) or changed
             problem = _unusable(found, inner)
             if problem is not None:

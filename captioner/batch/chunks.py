@@ -8,7 +8,7 @@ from os.path import splitext
 from typing import TYPE_CHECKING, Any
 
 from captioner.batch.sources import Held, Source
-from captioner.video import VIDEO_SUFFIXES
+from captioner.inputs import VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from captioner.batch.media import ClipResult, FileResult

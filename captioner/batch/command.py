@@ -21,17 +21,9 @@ from captioner.batch.journal import Journal
 from captioner.batch.run import Beside, Counts, Engine, Run, Stopped, errors_of, journal_of
 from captioner.batch.sources import Missing, Source, find_sources
 from captioner.batch.tables import check_output, image_id, to_json
-from captioner.console import (
-    FAILED,
-    INTERRUPTED,
-    STOPPED,
-    TERMINATED,
-    UNUSABLE,
-    fail,
-    printable,
-    say,
-)
+from captioner.console import FAILED, INTERRUPTED, STOPPED, TERMINATED, UNUSABLE, fail, say
 from captioner.files import open_atomically
+from captioner.inputs import printable
 
 if TYPE_CHECKING:
     from captioner.captioner import Captioner
@@ -209,7 +201,7 @@ def _refuse_clashes(files: Iterable[str], suffix: str) -> None:
     from captioner.batch.sidecars import clashes
 
     if suffix != ".txt":
-        from captioner.video import VIDEO_SUFFIXES
+        from captioner.inputs import VIDEO_SUFFIXES
 
         files = (path for path in files if os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES)
     lines = list(islice(clashes(files, suffix), 6))

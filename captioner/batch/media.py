@@ -18,9 +18,10 @@ from captioner.batch.sources import LISTED, Source, local
 from captioner.caption import SCHEMA_VERSION, Caption, Segment, VideoCaption, clock
 from captioner.captioner import Captioner
 from captioner.encoder import region_shares
-from captioner.images import Fit, ImageError, find_images, load
+from captioner.images import Fit, load
+from captioner.inputs import VIDEO_SUFFIXES, ImageError, find_images
 from captioner.parallel import ahead
-from captioner.video import VIDEO_SUFFIXES, VideoError, is_video
+from captioner.video import VideoError, is_video
 
 DEFAULT_BATCH = 32
 

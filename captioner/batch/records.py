@@ -13,7 +13,7 @@ from captioner.batch.journal import Journal
 from captioner.batch.run import Run, errors_of, journal_of
 from captioner.batch.sources import Missing, Source, find_sources
 from captioner.batch.tables import check_output
-from captioner.console import printable
+from captioner.inputs import printable
 
 if TYPE_CHECKING:
     from captioner.captioner import Captioner

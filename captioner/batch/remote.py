@@ -14,8 +14,7 @@ from glob import has_magic as _has_wildcard
 from typing import Any
 from urllib.parse import unquote
 
-from captioner import images
-from captioner.images import ImageError
+from captioner.inputs import ImageError, name_of
 
 MAX_BYTES = 2**29
 """What is larger (512 MiB) is not taken out of an archive or a pipe, nor held in memory from elsewhere."""
@@ -46,7 +45,7 @@ def from_file_url(path: str) -> str:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of an address, and how the file is called there."""
-    name = images._name(url)
+    name = name_of(url)
     scheme = url.partition("://")[0]
     try:
         from fsspec.core import url_to_fs
@@ -65,7 +64,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _errors(url: str) -> Iterator[None]:
-    name = images._name(url)
+    name = name_of(url)
     try:
         yield
     except ImageError:
@@ -280,13 +279,13 @@ class Counted(io.RawIOBase):
 def too_large(path: str) -> ImageError:
     """Return the error about more than `MAX_BYTES`."""
     limit = f"{MAX_BYTES / 2**20:.0f} MiB"
-    return ImageError(f"{images._name(path)}: larger than the {limit} allowed; give it as a local file")
+    return ImageError(f"{name_of(path)}: larger than the {limit} allowed; give it as a local file")
 
 
 def one_line(error: BaseException) -> str:
     """Return what an error says, in one line that is not too long."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return images._name(text if len(text) <= 200 else text[:200] + "...")
+    return name_of(text if len(text) <= 200 else text[:200] + "...")
 
 
 def nanoseconds(seconds: float) -> int:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from captioner import images
 from captioner.batch.remote import (
     MAX_BYTES,
     exists,
@@ -24,7 +23,7 @@ from captioner.batch.remote import (
     too_large,
 )
 from captioner.batch.tables import unguard
-from captioner.images import ImageError
+from captioner.inputs import ImageError, name_of, open_file
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
@@ -56,7 +55,7 @@ def read_table(
             after the rows that it does hold.
     """
     path = os.fsdecode(path)
-    name = images._name(path)
+    name = name_of(path)
     with _open_table(path) as stream:
         yield from _reader(path)(stream, name, columns)
 
@@ -68,7 +67,7 @@ def table_columns(path: str | os.PathLike[str]) -> list[str]:
         TableError: as `read_table`.
     """
     path = os.fsdecode(path)
-    name = images._name(path)
+    name = name_of(path)
     with _open_table(path) as stream:
         read = _reader(path)
         if read is _read_jsonl:
@@ -88,18 +87,18 @@ def _reader(path: str) -> Callable[[IO[bytes], str, Sequence[str] | None], Itera
         return _read_jsonl
     if suffix == ".parquet":
         return _read_parquet
-    raise TableError(f"{images._name(path)}: not a table; its name must end in {', '.join(TABLE_SUFFIXES)}")
+    raise TableError(f"{name_of(path)}: not a table; its name must end in {', '.join(TABLE_SUFFIXES)}")
 
 
 @contextlib.contextmanager
 def _open_table(path: str) -> Iterator[IO[bytes]]:
-    name = images._name(path)
+    name = name_of(path)
     try:
         with contextlib.ExitStack() as stack:
             if is_url(path):
                 stream: IO[bytes] = stack.enter_context(open_remote(path))
             else:
-                stream = stack.enter_context(images._open_path(path, name))
+                stream = stack.enter_context(open_file(path, name))
             yield stream
     except ImageError as error:
         raise TableError(str(error)) from error
@@ -148,7 +147,7 @@ def _csv_rows(stream: IO[bytes], name: str, delimiter: str) -> Iterator[list[str
                 names = row
                 twice = next((column for i, column in enumerate(row) if column in row[:i]), None)
                 if twice is not None:
-                    raise TableError(f"{name}: two columns are called {images._name(twice)}; rename one")
+                    raise TableError(f"{name}: two columns are called {name_of(twice)}; rename one")
             elif len(row) != len(names):
                 raise TableError(
                     f"{name}: line {rows.line_num}: {len(row)} fields, but the first line has {len(names)};"
@@ -232,7 +231,7 @@ def _parquet_names(file: Any, name: str) -> list[str]:
         names: list[str] = file.schema_arrow.names
     twice = next((column for i, column in enumerate(names) if column in names[:i]), None)
     if twice is not None:
-        raise TableError(f"{name}: two columns are called {images._name(twice)}; rename one")
+        raise TableError(f"{name}: two columns are called {name_of(twice)}; rename one")
     return names
 
 
@@ -251,8 +250,8 @@ def _arrow_errors(name: str) -> Iterator[None]:
 def _check_columns(columns: Sequence[str], names: Sequence[str], name: str) -> None:
     for column in columns:
         if column not in names:
-            there = ", ".join(map(images._name, names))
-            raise TableError(f"{name}: no column {images._name(column)}; there are {there}")
+            there = ", ".join(map(name_of, names))
+            raise TableError(f"{name}: no column {name_of(column)}; there are {there}")
 
 
 def path_column(names: Sequence[str]) -> str | None:

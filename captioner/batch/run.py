@@ -24,7 +24,7 @@ from captioner.batch.journal import Done, Entry, Journal, JournalFull
 from captioner.batch.ledger import Ledger
 from captioner.batch.sources import Missing, Source, checksum
 from captioner.files import open_atomically, remove_leftovers
-from captioner.images import ImageError
+from captioner.inputs import ImageError
 from captioner.parallel import ahead
 
 if TYPE_CHECKING:

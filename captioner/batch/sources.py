@@ -20,7 +20,6 @@ from glob import has_magic
 from pathlib import PurePath
 from typing import BinaryIO
 
-from captioner import images
 from captioner.batch import remote
 from captioner.batch.archives import ARCHIVE_SUFFIXES, read_archive
 from captioner.batch.remote import MAX_BYTES, exists, from_file_url, is_url, open_remote, suffix_of, too_large
@@ -32,8 +31,16 @@ from captioner.batch.rows import (
     read_table,
     table_columns,
 )
-from captioner.images import PHOTO_SUFFIXES, ImageError
-from captioner.video import VIDEO_SUFFIXES
+from captioner.inputs import (
+    PHOTO_SUFFIXES,
+    VIDEO_SUFFIXES,
+    ImageError,
+    iter_images,
+    kind_of,
+    name_of,
+    open_file,
+    unreadable,
+)
 
 __all__ = [
     "LISTED",
@@ -117,8 +124,8 @@ class Source:
             ImageError: it cannot be read; the message names it.
         """
         if self.file is None:
-            raise ImageError(f"{images._name(self.path)}: this source has no content")
-        with _told(self.path), images._open_path(self.file, images._name(self.path)) as stream:
+            raise ImageError(f"{name_of(self.path)}: this source has no content")
+        with _told(self.path), open_file(self.file, name_of(self.path)) as stream:
             while chunk := stream.read(_CHUNK):
                 yield chunk
 
@@ -145,8 +152,8 @@ class Member(Source):
         Raises:
             ImageError: the archive cannot be read, or is shorter than it was; the message names it.
         """
-        name, left = images._name(self.path), self.size
-        with _told(self.path), images._open_path(self.archive, name) as stream:
+        name, left = name_of(self.path), self.size
+        with _told(self.path), open_file(self.archive, name) as stream:
             stream.seek(self.offset)
             while left:
                 chunk = stream.read(min(left, _CHUNK))
@@ -314,7 +321,7 @@ class _Finder:
         if os.path.isdir(path):
             folder = str(PurePath(path))
             before = "" if os.path.isabs(folder) else self.here
-            for found in images.iter_images(folder, self.recursive, self.suffixes):
+            for found in iter_images(folder, self.recursive, self.suffixes):
                 if not self.alone:  # paths under one folder differ
                     key = hash(before + found)
                     if key in self.seen:
@@ -322,7 +329,7 @@ class _Finder:
                     self.seen.add(key)
                 yield _at(found)
         elif not os.path.lexists(path) and has_magic(path):
-            for found in images.iter_images(path, self.recursive, self.suffixes):
+            for found in iter_images(path, self.recursive, self.suffixes):
                 yield from self._file(str(PurePath(found)))
         elif suffix_of(path) in TABLE_SUFFIXES:
             yield from self._table(path)
@@ -380,15 +387,15 @@ class _Finder:
             yield Missing("-", reason)
 
     def _table(self, path: str) -> Iterator[Source | Missing]:
-        name = images._name(path)
+        name = name_of(path)
         if not self._is_new(path):
             return
         try:
             columns = table_columns(path)
             column = self.column if self.column is not None else path_column(columns)
             if column not in columns:
-                there = ", ".join(map(images._name, columns[:20])) + (", ..." if len(columns) > 20 else "")
-                wanted = "column of paths" if column is None else f"column {images._name(column)}"
+                there = ", ".join(map(name_of, columns[:20])) + (", ..." if len(columns) > 20 else "")
+                wanted = "column of paths" if column is None else f"column {name_of(column)}"
                 raise TableError(f"{name}: no {wanted}; give --column with one of {there}")
             row = 0
             for row, record in enumerate(read_table(path, [column]), 1):
@@ -397,7 +404,7 @@ class _Finder:
                     entry = os.fsdecode(entry)
                 if not isinstance(entry, str) or not entry.strip():
                     what = "is empty" if entry is None or entry == "" else "holds no path"
-                    reason = f"{name}: row {row}: {images._name(column)} {what}"
+                    reason = f"{name}: row {row}: {name_of(column)} {what}"
                     yield Missing(f"{path}:{row}", reason)
                 else:
                     yield from self._entry(beside(path, entry))
@@ -435,11 +442,11 @@ class _Finder:
             yield Missing(path, str(error))
         else:
             if empty:
-                yield Missing(path, f"{images._name(path)}: no pictures or videos in this archive; check it")
+                yield Missing(path, f"{name_of(path)}: no pictures or videos in this archive; check it")
         if clashes:
             files = "1 file has" if clashes == 1 else f"{clashes} files have"
             reason = f"{files} the name of another one in it; the first counts, give them names of their own"
-            yield Missing(path, f"{images._name(path)}: {reason}")
+            yield Missing(path, f"{name_of(path)}: {reason}")
 
     # Other machines
 
@@ -475,7 +482,7 @@ class _Finder:
                 else "no pictures or videos"
             )
             hint = "check it" if self.recursive else "check it, or use --recursive to look into sub-folders"
-            yield Missing(url, f"{images._name(url)}: {reason}; {hint}")
+            yield Missing(url, f"{name_of(url)}: {reason}; {hint}")
 
 
 # Local files.
@@ -488,12 +495,12 @@ def _at(path: str, pipes: bool = False) -> Source | Missing:
         if stat.S_ISREG(status.st_mode):
             return Source(path, path, status.st_size, status.st_mtime_ns)
         if stat.S_ISFIFO(status.st_mode) and not pipes:
-            name = images._name(path)
+            name = name_of(path)
             return Missing(path, f"{name}: this is a pipe, not a file; give a picture or video")
     except (OSError, ValueError):
         pass
     try:
-        with images._open_path(path, images._name(path)) as stream:
+        with open_file(path, name_of(path)) as stream:
             data = stream.read(MAX_BYTES + 1)
     except ImageError as error:
         return Missing(path, str(error))
@@ -531,12 +538,12 @@ def _told(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise images._unreadable(error, images._name(path)) from error
+        raise unreadable(error, name_of(path)) from error
 
 
 def _no_room(path: str, error: OSError) -> ImageError:
     reason = f"no temporary copy can be written ({error.strerror or error}); make room, or set TMPDIR"
-    return ImageError(f"{images._name(path)}: {reason}")
+    return ImageError(f"{name_of(path)}: {reason}")
 
 
 # Lists.
@@ -558,7 +565,7 @@ def _read_list(stream: BinaryIO) -> Iterator[str]:
                 continue  # not one whole path yet
             if kept.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise ImageError("standard input: this list is UTF-16; give it in UTF-8")
-            if images._kind(kept[:1024]) not in (None, "bmp", "ppm"):  # a path may begin as these do
+            if kind_of(kept[:1024]) not in (None, "bmp", "ppm"):  # a path may begin as these do
                 raise ImageError("standard input: this is a picture, not a list of paths; give its path")
             kept = kept.removeprefix(b"\xef\xbb\xbf")
             separator = b"\0" if b"\0" in kept else b"\n"

@@ -19,7 +19,7 @@ from threading import Event
 from typing import BinaryIO
 
 from captioner.batch.sources import LISTED
-from captioner.images import ImageError, iter_images
+from captioner.inputs import ImageError, iter_images
 
 RELIST_SECONDS = 300.0
 """How often folders are listed again although the system reports changes."""

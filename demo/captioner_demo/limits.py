@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioner.images import ImageError, _identify
+from captioner.images import identify
+from captioner.inputs import ImageError
 
 MAX_BEAM = 10
 MAX_CAPTIONS = 10
@@ -84,7 +85,7 @@ def pixel_size(data: bytes, name: str) -> tuple[int, int]:
         ImageError: not a picture.
     """
     try:
-        with _identify(io.BytesIO(data), Path(name).suffix.lower(), name) as image:
+        with identify(io.BytesIO(data), Path(name).suffix.lower(), name) as image:
             return image.size
     except ImageError:
         raise

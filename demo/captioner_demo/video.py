@@ -25,9 +25,10 @@ import numpy as np
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from captioner import Captioner, VideoCaption, Word, images, subtitles
+from captioner import Captioner, VideoCaption, Word, subtitles
 from captioner.caption import Segment, clock
-from captioner.video import VIDEO_SUFFIXES, Facts, VideoError, frames, is_video, probe
+from captioner.inputs import VIDEO_SUFFIXES, kind_of, name_of
+from captioner.video import Facts, VideoError, frames, is_video, probe
 from captioner_demo import page
 from captioner_demo.common import Demo, on_load
 from captioner_demo.limits import LimitError, Limits, pixel_size
@@ -137,7 +138,7 @@ def called(path: str, name: str) -> Iterator[None]:
         yield
     except (ValueError, ImportError) as error:
         line = str(error)
-        for kept in (path, images._name(path), str(Path(path).parent) + os.sep):
+        for kept in (path, name_of(path), str(Path(path).parent) + os.sep):
             line = line.replace(kept, name if kept[-1] != os.sep else "")
         raise VideoError(" ".join(line.split())) from None
 
@@ -159,7 +160,7 @@ def check_clip(path: str, limits: Limits) -> Facts:
         raise LimitError("this clip is no longer kept here; choose it again") from None
     if size > limits.bytes:
         raise LimitError(f"{name} is larger than the {limits.mb:g} MB that are allowed here")
-    if images._kind(head) is not None:
+    if kind_of(head) is not None:
         if not is_video(path):
             raise LimitError(f"{name} is a photo and does not move; the photo tab captions it")
         _check_pixels(name, pixel_size(Path(path).read_bytes(), name), limits)

@@ -23,7 +23,7 @@ from captioner.batch import (
     to_record,
 )
 from captioner.caption import SCHEMA_VERSION, Segment, clock
-from captioner.images import ImageError, find_images
+from captioner.inputs import ImageError, find_images
 from captioner.parallel import ahead
 
 

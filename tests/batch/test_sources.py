@@ -38,7 +38,8 @@ from captioner.batch.sources import (
     read_table,
     table_columns,
 )
-from captioner.images import ImageError, open_image
+from captioner.images import open_image
+from captioner.inputs import ImageError
 
 HOSTILE = [
     "two\nlines.jpg",

@@ -13,7 +13,7 @@ from gradio import media
 from PIL import Image
 
 from captioner import Captioner
-from captioner.images import ImageError
+from captioner.inputs import ImageError
 
 
 def read(name: str) -> bytes:

@@ -7,7 +7,7 @@ import pytest
 from captioner_demo.limits import LimitError, Limits, beginning, pixel_size, read_photo, search_options
 from PIL import Image
 
-from captioner.images import ImageError
+from captioner.inputs import ImageError
 from demo.photo_data import bomb
 
 

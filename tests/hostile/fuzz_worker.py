@@ -38,6 +38,7 @@ def check_message(error: BaseException, path: Path) -> None:
 def read(path: str) -> str:
     """Look at a photo or a video as captioning does; return what came out."""
     from captioner import images, video
+    from captioner.inputs import ImageError
 
     preprocess = images.Preprocess(64, "squash", (127.0,) * 3, (128.0,) * 3)
     try:
@@ -49,7 +50,7 @@ def read(path: str) -> str:
         pixels, _ = images.load(path, preprocess)
         assert pixels.shape == (3, 64, 64)
         return "photo"
-    except (video.VideoError, images.ImageError) as error:
+    except (video.VideoError, ImageError) as error:
         check_message(error, Path(path))
         return type(error).__name__
 

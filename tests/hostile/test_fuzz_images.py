@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import images
-from captioner.images import ImageError
+from captioner.inputs import ImageError
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import hostile
@@ -192,7 +192,7 @@ def test_libtiff_writes_nothing_of_its_own(tmp_path: Path) -> None:
         data[20:300] = bytes(280) if name == "fax.tif" else b"\x55" * 280
         (tmp_path / name).write_bytes(data)
     code = (
-        "import sys\nfrom captioner.images import ImageError, open_image\n"
+        "import sys\nfrom captioner.images import open_image\nfrom captioner.inputs import ImageError\n"
         "for path in sys.argv[1:]:\n    try: open_image(path)\n    except ImageError: pass\n"
     )
     done = subprocess.run(

@@ -53,6 +53,26 @@ def test_every_file_is_named_once(label: str, corpus: tuple[Path, list[hostile.C
     assert outcome.seconds < 60
 
 
+def test_what_is_written_beside_files_and_into_them(model: Path, tmp_path: Path) -> None:
+    for name in ("before", "now"):
+        cases = hostile.write_corpus(tmp_path / name, each=0, small=True)
+    command = hostile.COMMANDS["everything"]
+    options = ["--beam", "1", "--threads", "1", "--model", str(model)]
+    outcome = hostile.caption_folder(tmp_path / "now", command, cases, options, tmp_path)
+    assert hostile.faults(outcome, command, cases) == []
+    chosen = command.chosen(cases)
+    assert command.look is not None
+    assert command.look(outcome.results, tmp_path / "before", tmp_path / "now", chosen) == []
+    # and would something wrong be found?
+    (tmp_path / "now" / "names" / "a*.mp4").write_bytes(b"damaged")
+    page = outcome.results.with_suffix(".html")
+    page.write_text(
+        page.read_text("utf-8").replace("</body>", "<img src=x onerror=alert(1)></body>"), "utf-8"
+    )
+    found = command.look(outcome.results, tmp_path / "before", tmp_path / "now", chosen)
+    assert len(found) == 2
+
+
 @pytest.mark.slow
 def test_the_whole_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["hostile.py"])

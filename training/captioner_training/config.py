@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from captioner.decoder import DecoderConfig
 from captioner.encoder import ENCODERS
 from captioner.frame_encoder import FrameConfig
-from captioner.images import one_line
+from captioner.inputs import one_line
 from captioner.search import SearchOptions
 from captioner_training.clips import FRAMES
 

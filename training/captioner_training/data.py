@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from captioner.images import one_line
-from captioner.video import VIDEO_SUFFIXES
+from captioner.inputs import VIDEO_SUFFIXES, one_line
 from captioner_training.config import SourceConfig
 from captioner_training.metrics import load_references
 

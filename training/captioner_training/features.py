@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 from captioner.encoder import Encoder, GridFeatures, compute, encode, fuse, photo_mask
 from captioner.files import write_atomically
-from captioner.images import Fit, ImageError, Preprocess, load, open_image
+from captioner.images import Fit, Preprocess, load, open_image
+from captioner.inputs import ImageError
 from captioner.parallel import ahead
 from captioner.video import VideoError
 from captioner_training.clips import FRAMES, take_frames

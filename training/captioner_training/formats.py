@@ -18,12 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from captioner.images import PHOTO_SUFFIXES
+from captioner.inputs import PHOTO_SUFFIXES, VIDEO_SUFFIXES
 from captioner_training.data import DataError, walk
 
 SPLITS = ("train", "val", "test")
-
-VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .mts .m2ts .ogv".split())
 
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training", "trn", "restval"), "train"),

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from captioner.images import one_line
+from captioner.inputs import one_line
 
 METRICS = ("BLEU", "METEOR", "ROUGE_L", "CIDEr")
 """The families of metrics that are computed if not asked otherwise; BLEU gives BLEU-1 to BLEU-4."""

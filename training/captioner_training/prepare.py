@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from captioner import video
 from captioner._version import __version__
-from captioner.images import PHOTO_SUFFIXES, ImageError, _kind, _not_a_picture, open_image
+from captioner.images import open_image
+from captioner.inputs import PHOTO_SUFFIXES, VIDEO_SUFFIXES, ImageError, kind_of, not_a_picture
 from captioner.parallel import ahead
 from captioner_training.data import DataError, PictureStore
-from captioner_training.formats import SPLITS, VIDEO_SUFFIXES, Entry, Source, read, split_named, split_of
+from captioner_training.formats import SPLITS, Entry, Source, read, split_named, split_of
 
 HEAD = 4096
 """Bytes at the beginning by which pictures are put in random order, and compared by the quick check."""
@@ -486,8 +487,8 @@ def _glance(store: PictureStore, name: str) -> Look:
         return Look(error.strerror or str(error))
     if not size:
         return Look("the file is empty; copy or download it again")
-    if _suffix(name) not in VIDEO_SUFFIXES and _kind(head) is None:
-        return Look(str(_not_a_picture(head, _suffix(name), name)).removeprefix(f"{name}: "))
+    if _suffix(name) not in VIDEO_SUFFIXES and kind_of(head) is None:
+        return Look(str(not_a_picture(head, _suffix(name), name)).removeprefix(f"{name}: "))
     return Look(head=_head(size, head))
 
 
