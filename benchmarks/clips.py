@@ -388,20 +388,20 @@ def judge(scorer: Scorer, keys: Sequence[Any], rows: Sequence[Sequence[str]]) ->
 
 def meteor(references: Sequence[Sequence[str]], systems: dict[str, list[list[str]]]) -> dict[str, float]:
     """Return the METEOR of each way. Its program starts once for all of them, as that takes long."""
-    from captioner_training.metrics import _meteor, _meteor_of_sums, _tokenize
+    from captioner_training.metrics import meteor, meteor_of_sums, tokenize
 
     numbered = (pair for rows in systems.values() for pair in enumerate(rows))
     wanted = sorted({(i, text) for i, texts in numbered for text in texts})
-    plain = iter(_tokenize([text for texts in references for text in texts]))
+    plain = iter(tokenize([text for texts in references for text in texts]))
     tokenized = [[next(plain) for _ in texts] for texts in references]
-    captions = _tokenize([text for _, text in wanted])
-    _, _, statistics = _meteor(captions, [tokenized[i] for i, _ in wanted])
+    captions = tokenize([text for _, text in wanted])
+    _, _, statistics = meteor(captions, [tokenized[i] for i, _ in wanted])
     row = {pair: number for number, pair in enumerate(wanted)}
     return {
         way: float(
             np.mean(
                 [
-                    _meteor_of_sums(statistics[[row[pair] for pair in enumerate(captions)]].sum(0))
+                    meteor_of_sums(statistics[[row[pair] for pair in enumerate(captions)]].sum(0))
                     for captions in zip(*rows, strict=True)
                 ]
             )

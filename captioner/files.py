@@ -34,6 +34,19 @@ def write_atomically(path: Path, data: bytes, *, like: Path | None = None, keep_
         file.write(data)
 
 
+def save(path: Path, data: bytes) -> Path:
+    """Write a file as `write_atomically` does, and return its path.
+
+    Raises:
+        OSError: if it cannot be written; its text is the line for the user.
+    """
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
 @contextmanager
 def open_atomically(path: Path, *, like: Path | None = None, keep_time: bool = False) -> Iterator[IO[bytes]]:
     """Give a file to write that takes its place at the end, whole; see `write_atomically`.

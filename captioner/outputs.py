@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioner.batch.tables import COLUMNS, csv_line
 from captioner.console import dumps, fail, say, show
+from captioner.files import save as save_file
 from captioner.inputs import printable
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ class Overlays:
 
     def _draw_sheets(self, path: str, caption: VideoCaption, targets: list[Path]) -> None:
         """Draw each segment's sheet, on frames that are read once more, in small."""
-        from captioner.overlay import _encoded, _write
+        from captioner.overlay import encode
         from captioner.video import frames
 
         read = frames(path, **self.reading)
@@ -228,7 +229,7 @@ class Overlays:
             pictures = [_small(frame.image) for t in segment.times if (frame := _at(read, t)) is not None]
             sheet = segment.overlay(pictures)
             options = {"quality": 92, "subsampling": 0} if self.sheets == "jpg" else {}
-            _write(target, _encoded(sheet, "JPEG" if self.sheets == "jpg" else "PNG", **options))
+            save_file(target, encode(sheet, "JPEG" if self.sheets == "jpg" else "PNG", **options))
 
 
 _COLUMNS = 24

@@ -20,10 +20,8 @@ import os
 import re
 import threading
 import unicodedata
-import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -34,6 +32,7 @@ from xml.sax.saxutils import escape, quoteattr
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageEnhance, ImageFont
 
+from captioner import files
 from captioner.caption import Caption, Word
 from captioner.images import Fit, open_image
 
@@ -1112,7 +1111,7 @@ def save_arrays(caption: Caption, path: str | os.PathLike[str]) -> Path:
     Raises:
         OSError: the file cannot be written.
     """
-    return _write(Path(path), _npz(caption))
+    return files.save(Path(path), _npz(caption))
 
 
 def _npz(caption: Caption) -> bytes:
@@ -1121,7 +1120,8 @@ def _npz(caption: Caption) -> bytes:
     return buffer.getvalue()
 
 
-def _encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
+def encode(picture: Image.Image, format: str, **options: Any) -> bytes:
+    """Return a picture as a file of a format that Pillow writes."""
     buffer = io.BytesIO()
     picture.save(buffer, format, **options)
     return buffer.getvalue()
@@ -1129,9 +1129,9 @@ def _encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
 
 def _data_uri(picture: Image.Image) -> str:
     if picture.mode == "RGBA":
-        kind, data = "png", _encoded(picture, "PNG")
+        kind, data = "png", encode(picture, "PNG")
     else:
-        kind, data = "jpeg", _encoded(picture, "JPEG", quality=88)
+        kind, data = "jpeg", encode(picture, "JPEG", quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -1140,11 +1140,11 @@ def _json(caption: Caption, image: Any) -> bytes:
 
 
 def _jpeg(caption: Caption, image: Any, **options: Any) -> bytes:
-    return _encoded(sheet(caption, image, **options), "JPEG", quality=92, subsampling=0)
+    return encode(sheet(caption, image, **options), "JPEG", quality=92, subsampling=0)
 
 
 _RENDERERS: dict[str, Callable[..., bytes]] = {
-    ".png": lambda caption, image, **options: _encoded(sheet(caption, image, **options), "PNG"),
+    ".png": lambda caption, image, **options: encode(sheet(caption, image, **options), "PNG"),
     ".jpg": _jpeg,
     ".jpeg": _jpeg,
     ".webp": lambda caption, image, **options: animation(caption, image, "webp", **options),
@@ -1184,22 +1184,7 @@ def save(caption: Caption, image: Any, path: str | os.PathLike[str], **options: 
     if render is None:
         known = ", ".join(sorted(_RENDERERS))
         raise ValueError(f"cannot tell a format from {path.name!r}: the suffix must be one of {known}")
-    return _write(path, render(caption, image, **options))
-
-
-def _write(path: Path, data: bytes) -> Path:
-    """Write to a temporary file beside the path, then rename: readers never meet half a file."""
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # gone after the rename
-            temporary.unlink()
-    return path
+    return files.save(path, render(caption, image, **options))
 
 
 # --- the web page ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from captioner import files
 from captioner.caption import Alternative, Caption, Segment, VideoCaption, Word
 
 __all__ = ["merge", "save", "to_srt", "to_webvtt"]
@@ -303,10 +304,8 @@ def save(
         SubtitleError: another suffix, or as for `to_srt`.
         OSError: the file cannot be written.
     """
-    from captioner.overlay import _write  # brings Pillow
-
     path = Path(path)
     render = _FORMATS.get(path.suffix.lower())
     if render is None:
         raise SubtitleError(f"cannot tell a format from {path.name!r}: the suffix must be .srt or .vtt")
-    return _write(path, render(segments, text=text).encode())
+    return files.save(path, render(segments, text=text).encode())

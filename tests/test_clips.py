@@ -275,7 +275,7 @@ def test_what_does_not_change_is_looked_at_once(
     tmp_path: Path, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = scenes(2)
-    clip = write(tmp_path / "a.avi", [one] * 20 + [other] * 10 + [one] * 14, rate=2, codec="mjpeg")
+    clip = write(tmp_path / "a.mkv", [one] * 20 + [other] * 10 + [one] * 14, rate=2, codec="ffv1")
     looked: list[int] = []
     said: list[str] = []
     encode, caption = captioner.encode_pixels, captioner.caption

@@ -166,7 +166,7 @@ def _apply(
 def _mark(output: Any, said: str) -> str:
     """Return by what captioner's own words would be known."""
     text = f"{output.text({'caption': said})}\n" if isinstance(output, Sidecars) else said
-    return str(Mark(sha256(text.encode())))
+    return str(Mark(sha256(text.encode("utf-8", "replace"))))  # JSON can hold half a surrogate
 
 
 def _inside(path: str) -> bool:

@@ -54,7 +54,10 @@ class Ledger:
         """Where an edited table has gone."""
         self._key = f"table {path.name}"
         empty = {"size": 0, "sha256": "", "upto": 0, "there": False, "open": False, "stale": False}
-        self._state: dict[str, Any] = {**empty, "rule": rule, **(journal.get(self._key) or {})}
+        noted = journal.get(self._key) or {}
+        if not isinstance(noted, dict) or any(type(noted.get(k, v)) is not type(v) for k, v in empty.items()):
+            raise TableFormatError(f"{journal.path}: the journal is damaged; move it away, and {path}, too")
+        self._state: dict[str, Any] = {**empty, "rule": rule, **noted}
         remove_leftovers(path)
         self._file: IO[bytes] | None = None
         self._digest = hashlib.sha256()

@@ -158,7 +158,7 @@ def _csv_rows(stream: IO[bytes], name: str, delimiter: str) -> Iterator[list[str
         detail = str(error)
         if "field larger" in detail or "unexpected end" in detail:
             detail = "a quoted field does not end"
-        raise TableError(f"{name}: line {rows.line_num}: {detail}; correct it") from error
+        raise TableError(f"{name}: line {rows.line_num}: {name_of(detail)}; correct it") from error
     if names is None:
         raise TableError(f"{name}: the table is empty; its first line must name the columns")
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from captioner import images
+from captioner import images, inputs
 from captioner.inputs import ImageError
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -169,7 +169,7 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_pipe_without_an_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_BYTES", 5_000_000)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 5_000_000)
     os.mkfifo(tmp_path / "pipe.jpg")
     with subprocess.Popen(["sh", "-c", f"exec cat /dev/zero > '{tmp_path}/pipe.jpg'"]) as writer:
         with pytest.raises(ImageError, match="does not end"):

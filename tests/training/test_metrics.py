@@ -209,7 +209,7 @@ def test_failing_java_is_one_line(monkeypatch, tmp_path, capfd):
     with pytest.raises(ScoreError, match=r"^the tokenizer failed \(Java\): no room for the heap$"):
         Scorer(REFERENCES)
     with pytest.raises(ScoreError, match=r"^METEOR failed \(Java\): no room for the heap$"):
-        metrics._meteor(["a dog"] * 1000, [["a dog"]] * 1000)
+        metrics.meteor(["a dog"] * 1000, [["a dog"]] * 1000)
     gc.collect()
     assert capfd.readouterr() == ("", "")
 

@@ -145,7 +145,7 @@ class Scorer:
                 raise ScoreError(f"image {key!r} has no reference caption")
             counts.append(len(texts))
             captions += [_checked(text, key) for text in texts]
-        tokenized = iter(_tokenize(captions))
+        tokenized = iter(tokenize(captions))
         self._references = {
             key: [next(tokenized) for _ in range(count)]
             for key, count in zip(references, counts, strict=True)
@@ -165,7 +165,7 @@ class Scorer:
 
         # in one order always: the tokenizer looks past the end of a line ("no." is a word before "5")
         keys = list(self._references)
-        captions = _tokenize([_checked(generated[key], key) for key in keys])
+        captions = tokenize([_checked(generated[key], key) for key in keys])
         references = list(self._references.values())
 
         corpus: dict[str, float] = {}
@@ -179,10 +179,10 @@ class Scorer:
                 corpus[f"BLEU-{n + 1}"] = values[n]
                 resample[f"BLEU-{n + 1}"] = statistics, _bleu_of_sums(n + 1)
         if "METEOR" in metrics:
-            corpus["METEOR"], per_image["METEOR"], statistics = _meteor(captions, references)
+            corpus["METEOR"], per_image["METEOR"], statistics = meteor(captions, references)
             # the interval needs our own copy of the formula: give none if it and METEOR disagree
-            if abs(_meteor_of_sums(statistics.sum(0)) - corpus["METEOR"]) < 1e-6:
-                resample["METEOR"] = statistics, _meteor_of_sums
+            if abs(meteor_of_sums(statistics.sum(0)) - corpus["METEOR"]) < 1e-6:
+                resample["METEOR"] = statistics, meteor_of_sums
         for name, family, module, scorer in (
             ("ROUGE-L", "ROUGE_L", "rouge.rouge", "Rouge"),
             ("CIDEr", "CIDEr", "cider.cider", "Cider"),
@@ -281,10 +281,10 @@ def load_annotations(path: str | PathLike[str]) -> Annotations:
     """
     data = _read_json(path)
     if not isinstance(data, dict):
-        raise ScoreError(f'{path}: expected an object with "images" and "annotations", not {_kind(data)}')
+        raise ScoreError(f'{path}: expected an object with "images" and "annotations", not {json_kind(data)}')
     if "images" not in data and isinstance(data.get("annotations"), list):
         ids = [
-            _identity(a, "image_id", f"{path}: annotations[{n}]") for n, a in enumerate(data["annotations"])
+            identity_of(a, "image_id", f"{path}: annotations[{n}]") for n, a in enumerate(data["annotations"])
         ]
         data = {**data, "images": [{"id": key} for key in dict.fromkeys(ids)]}
     captions, images = _references(data, f"{path}")
@@ -309,7 +309,7 @@ def load_references(path: str | PathLike[str]) -> tuple[dict[Any, list[str]], li
     """
     data = _read_json(path)
     if not isinstance(data, dict):
-        raise ScoreError(f'{path}: expected an object with "images" and "annotations", not {_kind(data)}')
+        raise ScoreError(f'{path}: expected an object with "images" and "annotations", not {json_kind(data)}')
     captions, images = _references(data, f"{path}")
     return {key: texts for key, texts in captions.items() if texts}, images
 
@@ -366,7 +366,7 @@ def _bleu_of_sums(order: int) -> Callable[[np.ndarray], float]:
     return statistic
 
 
-def _meteor(captions: list[str], references: list[list[str]]) -> tuple[float, list[float], np.ndarray]:
+def meteor(captions: list[str], references: list[list[str]]) -> tuple[float, list[float], np.ndarray]:
     """Run METEOR: the corpus score, each image's, and ``(images, 23)`` statistics that sum.
 
     Its protocol is one line in, one line out: ``SCORE ||| reference ||| … ||| caption`` gives the
@@ -426,7 +426,7 @@ def _meteor(captions: list[str], references: list[list[str]]) -> tuple[float, li
     return corpus, per_image, rows
 
 
-def _meteor_of_sums(sums: np.ndarray) -> float:
+def meteor_of_sums(sums: np.ndarray) -> float:
     """Compute METEOR from summed statistics (Denkowski and Lavie 2014, section 2, English ranking task).
 
     The statistics are the lengths of caption and reference, the function words in each, for the
@@ -502,7 +502,7 @@ def _spice(captions: list[str], references: list[list[str]]) -> list[float]:
 _LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\x0b\x0c\u2028\u2029", " "))
 
 
-def _tokenize(captions: list[str]) -> list[str]:
+def tokenize(captions: list[str]) -> list[str]:
     """PTB-tokenise captions as pycocoevalcap does: lower case, without punctuation, words joined by spaces.
 
     An empty caption, and one of punctuation only, gives an empty string.
@@ -595,30 +595,30 @@ def _pycocoevalcap(module: str) -> Any:
 
 def _references(data: dict[str, Any], path: str) -> tuple[dict[Any, list[str]], list[dict[str, Any]]]:
     """Return the captions of each image, none for some perhaps, and the entries of the images."""
-    images = _field(data, "images", list, path)
+    images = field_of(data, "images", list, path)
     captions: dict[Any, list[str]] = {}
     for number, image in enumerate(images):
         where = f"{path}: images[{number}]"
-        key = _identity(image, "id", where)
+        key = identity_of(image, "id", where)
         if key in captions:
             raise ScoreError(f'{where}: "id" {key!r} occurs twice')
         captions[key] = []
-    for number, annotation in enumerate(_field(data, "annotations", list, path)):
+    for number, annotation in enumerate(field_of(data, "annotations", list, path)):
         where = f"{path}: annotations[{number}]"
-        key = _identity(annotation, "image_id", where)
+        key = identity_of(annotation, "image_id", where)
         if key not in captions:
             raise ScoreError(f'{where}: "image_id" {key!r} is not the "id" of any of the images')
-        captions[key].append(_field(annotation, "caption", str, where))
+        captions[key].append(field_of(annotation, "caption", str, where))
     if not any(text.strip() for texts in captions.values() for text in texts):
         raise ScoreError(f'{path}: "annotations" holds no captions')
     return captions, images
 
 
-def _identity(entry: Any, key: str, where: str) -> int | str:
+def identity_of(entry: Any, key: str, where: str) -> int | str:
     """Return an image id: a number or a string; 12.0, as pandas writes it, is 12."""
     if isinstance(entry, dict) and isinstance(entry.get(key), float) and entry[key].is_integer():
         return int(entry[key])
-    value: int | str = _field(entry, key, (int, str), where)
+    value: int | str = field_of(entry, key, (int, str), where)
     return value
 
 
@@ -627,26 +627,33 @@ def _check_ids(generated: Mapping[Any, str], references: Mapping[Any, Any]) -> N
     surplus = [key for key in generated if key not in references]
     if missing:
         raise ScoreError(
-            f"{len(missing)} of {len(references)} images have no generated caption (first: {_first(missing)})"
+            f"{len(missing)} of {len(references)} images have no generated caption "
+            f"(first: {first_of(missing)})"
         )
     if surplus:
         raise ScoreError(
             f"{len(surplus)} of {len(generated)} generated captions are of images without references "
-            f"(first: {_first(surplus)})"
+            f"(first: {first_of(surplus)})"
         )
 
 
 def _checked(caption: object, key: object) -> str:
     if not isinstance(caption, str):
-        raise ScoreError(f"a caption of image {key!r} is {_kind(caption)}, not a string")
+        raise ScoreError(f"a caption of image {key!r} is {json_kind(caption)}, not a string")
     return caption
 
 
-def _first(keys: Sequence[object]) -> str:
+def first_of(keys: Sequence[object]) -> str:
+    """Return the first three of many for an error message."""
     return ", ".join(repr(key) for key in keys[:3]) + (", …" if len(keys) > 3 else "")
 
 
-def _read_text(path: str | PathLike[str]) -> str:
+def read_json_text(path: str | PathLike[str]) -> str:
+    """Read a text file.
+
+    Raises:
+        ScoreError: it cannot be read.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -657,28 +664,28 @@ def _read_text(path: str | PathLike[str]) -> str:
 
 def _read_json(path: str | PathLike[str]) -> Any:
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_json_text(path))
     except ScoreError:
         raise
     except (ValueError, RecursionError) as error:
         raise ScoreError(f"{path}: is not JSON: {error}") from error
 
 
-def _field(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+def field_of(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
     """Return ``entry[key]``, which must be there and of this type."""
     if not isinstance(entry, dict):
-        raise ScoreError(f"{where}: expected an object, not {_kind(entry)}")
+        raise ScoreError(f"{where}: expected an object, not {json_kind(entry)}")
     if key not in entry:
         raise ScoreError(f'{where}: the key "{key}" is missing')
     value = entry[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         names = {list: "a list", str: "a string", int: "an integer"}
         expected = " or ".join(names[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ScoreError(f'{where}: "{key}" must be {expected}, not {_kind(value)}')
+        raise ScoreError(f'{where}: "{key}" must be {expected}, not {json_kind(value)}')
     return value
 
 
-def _kind(value: object) -> str:
+def json_kind(value: object) -> str:
     """Name a JSON type for an error message."""
     if value is None:
         return "null"

@@ -16,7 +16,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captioner.files import write_atomically
-from captioner_training.metrics import Annotations, ScoreError, _field, _first, _identity, _kind, _read_text
+from captioner_training.metrics import (
+    Annotations,
+    ScoreError,
+    field_of,
+    first_of,
+    identity_of,
+    json_kind,
+    read_json_text,
+)
 
 _IDENTITIES = ("image_id", "file_name", "path", "image", "id")
 """Keys that may name an image, the first of them that is there."""
@@ -40,7 +48,7 @@ def load_results(path: str | PathLike[str]) -> dict[Hashable, str]:
         if isinstance(caption, dict):
             caption = caption.get("caption")
         if not isinstance(caption, str):
-            raise ScoreError(f'{where}: "caption" must be a string, not {_kind(caption)}')
+            raise ScoreError(f'{where}: "caption" must be a string, not {json_kind(caption)}')
         if key in results:
             raise ScoreError(f"{where}: image {key!r} occurs twice; give one caption for each image")
         results[key] = caption
@@ -68,21 +76,25 @@ def _entries(path: str | PathLike[str]) -> Iterator[tuple[str, int | str, Any]]:
         return
     if not isinstance(data, list):
         raise ScoreError(
-            f'{path}: expected a list of {{"image_id": …, "caption": …}} entries, not {_kind(data)}'
+            f'{path}: expected a list of {{"image_id": …, "caption": …}} entries, not {json_kind(data)}'
         )
     for number, entry in enumerate(data):
         where = f"{path}: entry {number}"
         name = next((key for key in _IDENTITIES if isinstance(entry, dict) and key in entry), "image_id")
         if isinstance(entry, dict) and entry.get("error") and entry.get("caption") is None:
             continue
-        identity = _identity(entry, name, where)
+        identity = identity_of(entry, name, where)
         caption = entry.get("caption")
-        yield where, identity, caption if isinstance(caption, list) else _field(entry, "caption", str, where)
+        yield (
+            where,
+            identity,
+            caption if isinstance(caption, list) else field_of(entry, "caption", str, where),
+        )
 
 
 def _load(path: str | PathLike[str]) -> Any:
     """Parse JSON or, failing that, JSON lines."""
-    text = _read_text(path)
+    text = read_json_text(path)
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except ScoreError:
@@ -176,7 +188,7 @@ def match_results(
             if len(found) > 1:
                 raise ScoreError(
                     f"{path}: {result!r} could be any of {len(found)} images "
-                    f"({_first(sorted(found, key=str))}); write the ids as in the annotations"
+                    f"({first_of(sorted(found, key=str))}); write the ids as in the annotations"
                 )
             if found:
                 (owners[result],) = found
@@ -185,13 +197,13 @@ def match_results(
         if count > 1:
             same = [result for result, owner in owners.items() if owner == key]
             raise ScoreError(
-                f"{path}: {_first(same)} are captions of the same image; give one caption for each image"
+                f"{path}: {first_of(same)} are captions of the same image; give one caption for each image"
             )
     captions = {owner: results[result] for result, owner in owners.items() if owner in annotations.references}
     if not captions:
         raise ScoreError(
             f"{path}: none of its {len(results)} images has captions in the annotations "
-            f"(first: {_first([*results])}; there: {_first(ids)})"
+            f"(first: {first_of([*results])}; there: {first_of(ids)})"
         )
     return Match(
         captions,
