@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,8 +33,6 @@ from elsewhere import (
 from captioner.batch.on_ray import AHEAD, ClusterError, Desk, Worker, caption_on_ray, import_ray
 from captioner.batch.sources import Source
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,6 +43,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed."""
     return write_files(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def many(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same under four names each: enough for something to be left when some is done."""
+    place = tmp_path_factory.mktemp("many")
+    for path in folder.iterdir():
+        for number in range(4):
+            os.link(path, place / f"{number}-{path.name}")
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -153,80 +161,63 @@ def test_what_workers_die_of_is_found_out(
     ray.kill(desk)
 
 
-def run_with_journal(
-    folder: Path, model: Path, journal: Path, options: dict[str, Any], workers: int
-) -> Iterator[int]:
-    """Caption what a plain file does not have yet; yield how many lines it has."""
-    if journal.exists():
-        journal.write_bytes(journal.read_bytes().rpartition(b"\n")[0])  # the last line may be torn
-    done = (
-        {json.loads(line)["path"] for line in journal.read_text().splitlines()} if journal.exists() else set()
-    )
-    todo = [source for source in [*sources_of(folder), *packed(folder)] if source.path not in done]
-    count = len(done)
-    with journal.open("a") as file:
-        for record in caption_on_ray(todo, model=model, options=options, batch_size=2, workers=workers):
-            file.write("\n" * (count > 0) + json.dumps(record))
-            file.flush()
-            count += 1
-            yield count
-
-
-def begin_elsewhere(cluster: Any, *arguments: Any) -> subprocess.Popen[str]:
-    """Run `run_with_journal` in a process of its own."""
-    program = """
-        import sys
-        from pathlib import Path
-
-        import elsewhere
-        import ray
-        import test_ray
-
-        ray.cloudpickle.register_pickle_by_value(elsewhere)
-        for _ in test_ray.run_with_journal(*map(Path, sys.argv[1:]), {"n_best": 2}, 1):
-            pass
-    """
-    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+def begin(cluster: Any, folder: Path, model: Path, output: Path, workers: int) -> subprocess.Popen[str]:
+    """Begin the command in a process of its own."""
+    code = "from captioner.cli import main; main()"
+    command = [sys.executable, "-c", code, "caption", folder, "--output", output, "--model", model]
+    command += ["--engine", "ray", "--ray-address", cluster.address, "--workers", workers]
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
-        env={**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": os.pathsep.join(paths)},
+        [*map(str, command), "--batch-size", "2", "--n-best", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def check_journal(folder: Path, model: Path, journal: Path) -> None:
-    sources = [*sources_of(folder), *packed(folder)]
-    records = [json.loads(line) for line in journal.read_text().splitlines()]
+def wait_for(count: int, output: Path, run: subprocess.Popen[str]) -> None:
+    """Wait until so many records are written."""
+    while not output.exists() or output.read_bytes().count(b"\n") < count:
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.01)
+
+
+def check_output(folder: Path, model: Path, output: Path) -> None:
+    sources = sources_of(folder)[:-1]
+    records = [json.loads(line) for line in output.read_text().splitlines()]
     assert Counter(record["path"] for record in records) == Counter(source.path for source in sources)
     expected = plain(model, sources, n_best=2)
     for record in records:
         same(record, expected[record["path"]])
 
 
-def test_killed_driver_resumes(model: Path, folder: Path, cluster: Any, tmp_path: Path) -> None:
-    journal = tmp_path / "journal.jsonl"
-    run = begin_elsewhere(cluster, folder, model, journal)
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.01)
+def test_a_killed_command_goes_on(model: Path, many: Path, cluster: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    run = begin(cluster, many, model, output, workers=1)
+    wait_for(10, output, run)
     run.kill()
-    assert run.communicate()[0] == ""  # Ray is quiet
-    before = journal.read_bytes()
-    assert before.count(b"\n") < 70
-    counts = list(run_with_journal(folder, model, journal, {"n_best": 2}, 1))
-    assert 10 < counts[0] <= before.count(b"\n") + 2
-    check_journal(folder, model, journal)
+    said = run.communicate()[0].splitlines()
+    assert all(line.startswith("captioner: ") for line in said), said  # Ray is quiet
+    before = output.read_bytes().count(b"\n")
+    assert before < len(sources_of(many)) - 1
+    run = begin(cluster, many, model, output, workers=1)
+    said = run.communicate()[0]
+    assert run.returncode == 0, said
+    found = re.search(r"captioned (\d+) files; (\d+) files done before; 12 files could not be", said)
+    assert found, said
+    assert int(found[2]) >= before - 12  # what fails is tried again
+    assert int(found[1]) + int(found[2]) == len(sources_of(many)) - 13
+    check_output(many, model, output)
 
 
 @pytest.mark.slow
-def test_a_machine_goes_away(model: Path, folder: Path, cluster: Any, tmp_path: Path) -> None:
-    journal = tmp_path / "journal.jsonl"
-    for count in run_with_journal(folder, model, journal, {"n_best": 2}, 2):
-        if count == 15:
-            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-    check_journal(folder, model, journal)
+def test_a_machine_goes_away(model: Path, many: Path, cluster: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    run = begin(cluster, many, model, output, workers=2)
+    wait_for(15, output, run)
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    said = run.communicate()[0]
+    assert run.returncode == 0, said
+    check_output(many, model, output)
 
 
 def test_mistakes_are_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
