@@ -171,7 +171,7 @@ def _mark(output: Any, said: str) -> str:
 
 def _inside(path: str) -> bool:
     """Tell whether a path leads into a file, such as an archive."""
-    return any(parent.is_file() for parent in Path(path).parents)
+    return any(map(os.path.isfile, Path(path).parents))  # which says no where a name is impossible
 
 
 class _Where:
@@ -263,11 +263,11 @@ def _whole_video(path: str, text: str, segments: list[Any], column: str) -> _Ent
 def _number(value: Any) -> float | None:
     """Return seconds, with a decimal comma if a spreadsheet put one there; None for a photo's empty cell."""
     if isinstance(value, str):
-        try:
-            return float(value.strip().replace(",", "."))
-        except ValueError:
-            return None
-    return float(value) if isinstance(value, (int, float)) else None
+        value = value.strip().replace(",", ".")
+    try:
+        return float(value) if isinstance(value, (str, int, float)) else None
+    except (ValueError, OverflowError):  # JSON can hold whole numbers of any size
+        return None
 
 
 def _said(row: Mapping[str, Any]) -> str:

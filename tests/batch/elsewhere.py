@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import make_header
 from lively import make_lively_model, pictures
@@ -92,6 +94,40 @@ def same(found: Any, expected: Any, key: str = "") -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4), key
     else:
         assert found == expected, key
+
+
+def kill_one(
+    caption: Callable[[Iterator[Source]], Iterator[dict[str, Any]]],
+    sources: list[Source],
+    workers: Callable[[], list[psutil.Process]],
+    most: int,
+) -> list[dict[str, Any]]:
+    """Caption with two workers, kill one on the way, and see that at most so many sources are taken ahead."""
+    records: list[dict[str, Any]] = []
+    given = 0
+
+    def counted() -> Iterator[Source]:
+        nonlocal given
+        for source in sources:
+            given += 1
+            yield source
+
+    for record in caption(counted()):
+        records.append(record)
+        assert given <= len(records) + most
+        if len(records) == 9:
+            assert len(workers()) == 2
+            workers()[0].kill()
+    return records
+
+
+def check_records(records: list[dict[str, Any]], expected: dict[str, dict[str, Any]]) -> None:
+    """Each once, and as expected, whose captions differ and of which some failed."""
+    assert sorted(record["path"] for record in records) == sorted(expected)
+    assert any(record["error"] is not None for record in expected.values())
+    assert len({record["caption"] for record in expected.values()}) > 10
+    for record in records:
+        same(record, expected[record["path"]])
 
 
 @dataclass(frozen=True)

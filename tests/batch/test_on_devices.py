@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import pytest
 from elsewhere import (
     Broken,
     Deadly,
+    check_records,
+    kill_one,
     len_of_caption,
     packed,
     plain,
-    same,
     sources_of,
     write_files,
     write_model,
@@ -29,7 +30,6 @@ from elsewhere import (
 
 from captioner.batch import on_devices
 from captioner.batch.on_devices import AHEAD, DeviceError, caption_on_devices, devices
-from captioner.batch.sources import Source
 
 TWO = ["cpu", "cpu"]
 
@@ -58,28 +58,10 @@ def workers(of: psutil.Process | None = None) -> list[psutil.Process]:
 def test_same_records_although_a_process_is_killed(model: Path, folder: Path) -> None:
     sources = [*sources_of(folder), *packed(folder)]
     options = {"sample": True, "seed": 5}
-    records: list[dict[str, Any]] = []
-    given = 0
-
-    def counted() -> Iterator[Source]:
-        nonlocal given
-        for source in sources:
-            given += 1
-            yield source
-
-    for record in caption_on_devices(counted(), TWO, model=model, options=options, batch_size=4, threads=2):
-        records.append(record)
-        assert given <= len(records) + 4 * (AHEAD * 2 + 2)
-        if len(records) == 9:
-            assert len(workers()) == 2
-            workers()[0].kill()
-    assert Counter(record["path"] for record in records) == Counter(source.path for source in sources)
+    caption = partial(caption_on_devices, devices=TWO, model=model, options=options, batch_size=4, threads=2)
+    records = kill_one(caption, sources, workers, most=4 * (AHEAD * 2 + 2))
     assert not workers()
-
-    expected = plain(model, sources, **options)
-    assert sum(record["error"] is not None for record in expected.values()) == 4
-    for record in records:
-        same(record, expected[record["path"]])
+    check_records(records, plain(model, sources, **options))
 
 
 def test_files_that_end_processes_and_bugs_are_records(model: Path, folder: Path) -> None:
@@ -201,10 +183,7 @@ def test_the_command_goes_on_after_its_death(model: Path, folder: Path, tmp_path
     assert done.returncode == 0, done.stderr
     assert "done before" in done.stderr
     records = [json.loads(line) for line in output.read_text().splitlines()]
-    expected = plain(model, sources_of(folder)[:-1])
-    assert sorted(record["path"] for record in records) == sorted(expected)
-    for record in records:
-        same(record, expected[record["path"]])
+    check_records(records, plain(model, sources_of(folder)[:-1]))
 
 
 def test_ctrl_c_keeps_what_is_in_work(model: Path, folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import pytest
 from elsewhere import (
     Broken,
     Deadly,
+    check_records,
+    kill_one,
     len_of_caption,
     packed,
     plain,
-    same,
     sources_of,
     write_files,
     write_model,
@@ -81,28 +83,10 @@ def workers() -> list[psutil.Process]:
 def test_same_records_although_a_worker_is_killed(model: Path, folder: Path, cluster: Any) -> None:
     sources = [*sources_of(folder), *packed(folder)]
     options = {"sample": True, "seed": 5}
-    records: list[dict[str, Any]] = []
-    given = 0
-
-    def counted() -> Iterator[Source]:
-        nonlocal given
-        for source in sources:
-            given += 1
-            yield source
-
-    for record in caption_on_ray(counted(), model=model, options=options, batch_size=4):
-        records.append(record)
-        assert given <= len(records) + 4 * (AHEAD * 2 + 2)  # two workers, chunks of four
-        if len(records) == 9:
-            assert len(workers()) == 2
-            workers()[0].kill()
-    assert Counter(record["path"] for record in records) == Counter(source.path for source in sources)
-
-    expected = plain(model, sources, **options)
-    assert sum(record["error"] is not None for record in expected.values()) == 4
-    assert len({record["caption"] for record in expected.values()}) > 10
-    for record in records:
-        same(record, expected[record["path"]])
+    caption = partial(caption_on_ray, model=model, options=options, batch_size=4)
+    # two workers, chunks of four
+    records = kill_one(caption, sources, workers, most=4 * (AHEAD * 2 + 2))
+    check_records(records, plain(model, sources, **options))
 
 
 @pytest.mark.slow
@@ -182,12 +166,8 @@ def wait_for(count: int, output: Path, run: subprocess.Popen[str]) -> None:
 
 
 def check_output(folder: Path, model: Path, output: Path) -> None:
-    sources = sources_of(folder)[:-1]
     records = [json.loads(line) for line in output.read_text().splitlines()]
-    assert Counter(record["path"] for record in records) == Counter(source.path for source in sources)
-    expected = plain(model, sources, n_best=2)
-    for record in records:
-        same(record, expected[record["path"]])
+    check_records(records, plain(model, sources_of(folder)[:-1], n_best=2))
 
 
 def test_a_killed_command_goes_on(model: Path, many: Path, cluster: Any, tmp_path: Path) -> None:
