@@ -894,11 +894,14 @@ def _page_faults(page: Path, names: list[bytes]) -> list[str]:
 
 def _same_pixels(one: Path, other: Path) -> bool:
     """Tell whether two pictures have the same frames; of very large ones, the same size."""
+    from captioner import images
+
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         Image.MAX_IMAGE_PIXELS = None
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # Pillow's, of damage
+        images._quiet_libtiff()
         a, b = stack.enter_context(Image.open(one)), stack.enter_context(Image.open(other))
         frames = getattr(a, "n_frames", 1)
         if a.size != b.size or frames != getattr(b, "n_frames", 1):

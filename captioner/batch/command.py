@@ -22,7 +22,7 @@ from captioner.batch.run import Beside, Counts, Engine, Run, Stopped, errors_of,
 from captioner.batch.sources import Missing, Source, find_sources
 from captioner.batch.tables import check_output, image_id, to_json
 from captioner.console import FAILED, INTERRUPTED, STOPPED, TERMINATED, UNUSABLE, fail, say
-from captioner.files import open_atomically
+from captioner.files import open_atomically, remove_leftovers
 from captioner.inputs import printable
 
 if TYPE_CHECKING:
@@ -399,6 +399,7 @@ def _report(batch: Batch, run: Run, path: Path) -> None:
     try:
         count = write_page(path, title, run.journal.previews(), groups, **options)
         alike = path.with_name(f"{path.stem}.alike.jsonl")
+        remove_leftovers(alike)
         if groups:
             with open_atomically(alike) as file:
                 for group in groups:

@@ -27,7 +27,7 @@ import numpy as np
 
 from captioner.batch.alike import photo
 from captioner.caption import SURE, Caption, VideoCaption
-from captioner.files import open_atomically
+from captioner.files import open_atomically, remove_leftovers
 from captioner.images import Fit
 
 SIDE = 128
@@ -182,6 +182,7 @@ def write_page(
     folder, count = os.path.abspath(path.parent), 0
     models: dict[str, int] = {}
     before, after = _frame(path, title, doubtful)
+    remove_leftovers(path)
     with open_atomically(path) as file:
 
         def write(text: str) -> None:

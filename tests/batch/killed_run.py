@@ -1,10 +1,12 @@
 """Batch runs with an engine that needs no model, killed at every step that touches the disk; see test_run.py.
 
-    python killed_run.py FOLDER SUFFIX STRIDE ROUNDS
+    python killed_run.py FOLDER KIND STRIDE ROUNDS
 
 For every STRIDE-th step there is, a run is killed at it, another goes on, and what is there in the end must
 be what a run leaves that nobody killed. Then, in so many rounds, runs are killed four times, at steps and
 moments drawn at random. Prints how many steps were tried, and how many kills at random.
+
+KIND is the suffix of a table, or what is written beside files: txt, alt-text, subtitles; or report.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -20,12 +23,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+import captioner.subtitles  # noqa: F401  (once, and not in every process that is killed)
 from captioner.batch import run as runs
 from captioner.batch.journal import Journal
 from captioner.batch.ledger import Ledger
-from captioner.batch.run import Beside, Finished, Run
-from captioner.batch.sidecars import Sidecars
+from captioner.batch.page import preview, write_page
+from captioner.batch.run import Beside, Engine, Finished, Run
+from captioner.batch.sidecars import Sidecars, SubtitleFiles
 from captioner.batch.sources import Source, find_sources
+from captioner.images import Preprocess, load
 
 STEPS = 0
 
@@ -41,10 +49,35 @@ def caption_of(data: bytes) -> dict[str, Any]:
     return {**record, "model": "m", "model_sha256": "0", "seconds": 0.0, "error": "damaged" if bad else None}
 
 
-def engine(sources: Iterator[Source]) -> Iterator[Finished]:
-    for source in sources:
-        assert source.file is not None
-        yield Finished({"path": source.path, **caption_of(Path(source.file).read_bytes())})
+TEXTS = {f"{number:02}": f"pic {number}" for number in range(1, 11)} | {"04": "doubt", "07": "bad"}
+
+
+def make_engine(kind: str) -> Engine:
+    def engine(sources: Iterator[Source]) -> Iterator[Finished]:
+        for source in sources:
+            record = {"path": source.path, **caption_of(TEXTS[Path(source.path).stem].encode())}
+            if kind == "subtitles" and record["caption"]:
+                record["segments"] = [
+                    {"start": at, "end": at + 2.0, "caption": f"{record['caption']}, {at}", "confidence": 0.9}
+                    for at in (0.0, 2.0)
+                ]
+            yield Finished(record, look(source) if kind == "report" and record["caption"] else None)
+
+    return engine
+
+
+def look(source: Source) -> bytes:
+    return preview(*load(source.open(), Preprocess(32, "squash", (127.0,) * 3, (128.0,) * 3)))
+
+
+def beside_of(kind: str) -> dict[str, Beside]:
+    if kind == "alt-text":
+        from captioner.batch.metadata import AltText
+
+        return {kind: AltText()}
+    if kind == "subtitles":
+        return {name: SubtitleFiles(name) for name in ("srt", "vtt")}
+    return {"sidecar": Sidecars("append")} if kind in ("txt", ".jsonl") else {}
 
 
 def counted(function: Callable[..., Any], last: int) -> Callable[..., Any]:
@@ -80,37 +113,36 @@ def torn(function: Callable[..., Any], last: int) -> Callable[..., Any]:
     return write
 
 
-def execute(
-    folder: Path, output: Path | None, journal: Path, beside: dict[str, Beside], last: int = 0
-) -> Run:
+def execute(kind: str, folder: Path, out: Path, last: int = 0) -> None:
     runs.COMMIT_FILES = 3
     if last:
         Journal.commit = counted(Journal.commit, last)  # type: ignore[method-assign]
         Ledger._write = torn(counted(Ledger._write, last), last)  # type: ignore[method-assign]
         os.replace = counted(os.replace, last)
         os.fsync = counted(os.fsync, last)
-    with Journal(journal) as opened:
+    with Journal(out / "journal") as opened:
         run = Run(
             opened,
             "tiny",
-            output=output,
-            errors=journal.with_suffix(".errors.jsonl"),
+            output=None if kind == "txt" else out / f"out{kind if kind[0] == '.' else '.jsonl'}",
+            errors=out / "journal.errors.jsonl",
             min_confidence=0.5,
-            beside=beside,
+            beside=beside_of(kind),
+            looks=kind == "report",
         )
-        for _ in run.run(find_sources([folder]), lambda: engine):
+        for _ in run.run(find_sources([folder]), lambda: make_engine(kind)):
             pass
         run.finish()
-        return run
+        if kind == "report":
+            write_page(out / "report.html", "all", opened.previews())
 
 
 def make_folder(folder: Path) -> None:
     folder.mkdir()
-    for number in range(1, 11):
-        (folder / f"{number:02}.jpg").write_text(f"pic {number}")
-    (folder / "04.jpg").write_text("doubt")
-    (folder / "07.jpg").write_text("bad")
+    for number, name in enumerate(TEXTS):
+        Image.new("RGB", (16, 12), (20 * number, 99, 9)).save(folder / f"{name}.jpg")
     (folder / "05.txt").write_text("mine")
+    (folder / "06.srt").write_text("mine, too")
 
 
 def contents(place: Path) -> dict[str, bytes]:
@@ -121,6 +153,8 @@ def contents(place: Path) -> dict[str, bytes]:
             import pyarrow.parquet
 
             found[path.name] = repr(pyarrow.parquet.read_table(path).to_pylist()).encode()
+        elif path.suffix == ".html":  # which names the place that it was written at
+            found[path.name] = re.sub(rb'"key":"[0-9a-f]+"', b"", path.read_bytes())
         elif path.is_file() and not path.name.startswith("journal.j") and path.name != "journal":
             found[path.name] = path.read_bytes()
     return found
@@ -128,7 +162,8 @@ def contents(place: Path) -> dict[str, bytes]:
 
 def compare(found: dict[str, bytes], expected: dict[str, bytes], what: str) -> None:
     for name in sorted(found.keys() | expected.keys()):
-        assert found.get(name) == expected.get(name), (what, name, found.get(name), expected.get(name))
+        one, other = found.get(name, b"nothing"), expected.get(name, b"nothing")
+        assert one == other, (what, name, one[-1000:], other[-1000:])
 
 
 def in_child(function: Callable[[], object]) -> int:
@@ -146,7 +181,7 @@ def in_child(function: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def trial(place: Path, suffix: str, *kills: int) -> int:
+def trial(place: Path, kind: str, *kills: int) -> int:
     """Make a folder, kill runs over it at these steps, and let one end; return how many were killed.
 
     A negative step is a moment: so many milliseconds after the run has begun SIGKILL comes.
@@ -155,8 +190,6 @@ def trial(place: Path, suffix: str, *kills: int) -> int:
     folder, out = place / "pictures", place / "out"
     make_folder(folder)
     out.mkdir()
-    beside: dict[str, Beside] = {"sidecar": Sidecars("append")} if suffix in (".txt", ".jsonl") else {}
-    output = None if suffix == ".txt" else out / f"out{suffix}"
     killed = 0
     for last in (*kills, 0):
 
@@ -164,7 +197,7 @@ def trial(place: Path, suffix: str, *kills: int) -> int:
             os.chdir(place)
             if last < 0:
                 signal.setitimer(signal.ITIMER_REAL, -last / 1000)  # SIGALRM kills as SIGKILL does
-            execute(Path("pictures"), output, out / "journal", beside, max(0, last))
+            execute(kind, Path("pictures"), out, max(0, last))
 
         code = in_child(once)
         assert code in ((0,) if last == 0 else (0, 9, -signal.SIGALRM)), code
@@ -173,23 +206,23 @@ def trial(place: Path, suffix: str, *kills: int) -> int:
 
 
 def main() -> None:
-    place, suffix, stride, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    trial(place / "whole", suffix)
+    place, kind, stride, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    trial(place / "whole", kind)
     expected = contents(place / "whole")
     assert len(expected) > 12, expected.keys()
     for step in itertools.count(1, stride):
         here = place / str(step)
-        killed = trial(here, suffix, step)
+        killed = trial(here, kind, step)
         compare(contents(here), expected, f"killed at step {step}")
         shutil.rmtree(here)
         if not killed:
             break
-    draw = random.Random(suffix)
+    draw = random.Random(kind)
     kills = 0
     for round_ in range(rounds):
         here = place / f"random{round_}"
         kills += trial(
-            here, suffix, *(draw.choice((draw.randrange(1, step), -draw.randrange(1, 30))) for _ in range(4))
+            here, kind, *(draw.choice((draw.randrange(1, step), -draw.randrange(1, 30))) for _ in range(4))
         )
         compare(contents(here), expected, f"round {round_}")
         shutil.rmtree(here)

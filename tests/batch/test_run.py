@@ -82,15 +82,19 @@ def captions(path: str = "out.jsonl") -> dict[str, str]:
 ALL = {f"{n}.jpg": f"a pic {n}" for n in range(1, 6)}
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".json", ".txt"])
+@pytest.mark.parametrize(
+    "kind", [".jsonl", ".csv", ".parquet", ".json", "txt", "alt-text", "subtitles", "report"]
+)
 @pytest.mark.parametrize(
     ("stride", "rounds"), [(5, 2), pytest.param(1, 8, marks=pytest.mark.slow)], ids=["some", "all"]
 )
-def test_killed_at_every_step(tmp_path: Path, suffix: str, stride: int, rounds: int) -> None:
-    if suffix == ".parquet":
+def test_killed_at_every_step(tmp_path: Path, kind: str, stride: int, rounds: int) -> None:
+    if kind == ".parquet":
         pytest.importorskip("pyarrow")
+    if kind == "alt-text":
+        pytest.importorskip("exiv2")
     done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path, suffix, str(stride), str(rounds)], capture_output=True, text=True
+        [sys.executable, SCRIPT, tmp_path, kind, str(stride), str(rounds)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     steps, kills = map(int, done.stdout.split())
