@@ -57,10 +57,14 @@ EXTRA_MEMORY = 3 * 2**30
 # Good files.
 
 
+@cache
+def _photo() -> Image.Image:
+    return common.photos()["cheetah1"]
+
+
 def _pixels(width: int, height: int, number: int = 0) -> Image.Image:
     """A part of a photo with a bright square in it, elsewhere for every number."""
-    photo = common.photos()["cheetah1"]
-    image = photo.resize((width, height))
+    image = _photo().resize((width, height))
     side = max(1, min(width, height) // 4)
     left = number * side // 2 % max(1, width - side)
     image.paste((255, 40 * number % 256, 0), (left, 0, left + side, side))
