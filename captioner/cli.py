@@ -19,7 +19,22 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from captioner._version import __version__
-from captioner.console import FAILED, INTERRUPTED, UNREAD, UNUSABLE, dumps, fail, mistakes, say, show
+from captioner.console import (
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+    TERMINATED,
+    UNREAD,
+    UNUSABLE,
+    do_without_output,
+    dumps,
+    fail,
+    mistakes,
+    need_output,
+    open_closed_streams,
+    say,
+    show,
+)
 from captioner.inputs import printable
 from captioner.outputs import (
     CLIP_FORMATS,
@@ -103,14 +118,11 @@ Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes all cores.", me
 
 def main() -> NoReturn:
     """Run the command line; users' mistakes are one line on stderr, never a traceback."""
-    if sys.stderr is None:  # closed, and what is printed to None lands in stdout
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stdout is None:
-        say("standard output is closed")
-        sys.exit(UNUSABLE)
-    if not sys.warnoptions:  # Pillow's, on damaged files: each gets a line of ours
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        logging.getLogger("PIL").addHandler(logging.NullHandler())
+    open_closed_streams()
+    if not sys.warnoptions:  # of damaged files and bad connections: each gets a line of ours
+        warnings.filterwarnings("ignore", module=r"(PIL|fsspec|aiohttp)\.")
+        for library in ("PIL", "fsspec", "aiohttp", "asyncio"):
+            logging.getLogger(library).addHandler(logging.NullHandler())
     if isinstance(sys.stdout, io.TextIOWrapper):
         # for what ASCII lacks; half a surrogate (a file name that is not UTF-8) becomes its escape in JSON
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -132,7 +144,7 @@ def main() -> NoReturn:
         if not code:
             say(f"standard output: {error.strerror or error}")
             code = UNUSABLE
-    if code in (INTERRUPTED, UNREAD):
+    if code in (INTERRUPTED, TERMINATED, STOPPED, UNREAD):
         os._exit(int(code))  # threads may be at work for seconds on what nobody wants any more
     sys.exit(code)  # type: ignore[arg-type]
 
@@ -145,11 +157,13 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in ("caption", "apply"):  # which may print nothing
+        need_output()
 
 
 def _load(model: Path | None, device: str, precision: str = "float32", threads: int = 0) -> Captioner:
@@ -500,6 +514,11 @@ def caption(
     for option, wish in {"--before": before, "--after": after}.items():
         if wish and not sidecars:
             fail(f"{option} needs --sidecars")
+    if existing is not Existing.keep and not sidecars:
+        if not (any(batch.values()) and (srt or vtt)):
+            fail("--existing needs --sidecars, or in a batch --srt or --vtt: it is about files beside others")
+        if existing is not Existing.overwrite:
+            fail(f"--existing {existing.value} needs --sidecars; subtitles are kept or overwritten")
     if poll and not watch:
         fail("--poll needs --watch")
     if any(batch.values()):
@@ -518,6 +537,7 @@ def caption(
             fail("give files, folders or patterns, or - for a list on standard input")
         if watch and engine is EngineName.ray:
             fail("--watch does not go together with --engine ray: a cluster is for what is there already")
+        do_without_output()
         with mistakes():
             from captioner.batch.command import Batch, run_batch
 
@@ -557,6 +577,7 @@ def caption(
     for option, wish in with_batch.items():
         if wish:
             fail(f"{option} is for a batch: give --output, --sidecars, --alt-text, --report or --watch too")
+    need_output()
     kind = JsonWriter if as_json else JsonlWriter if as_jsonl else CsvWriter if as_csv else Writer
     if live is not None:
         file_options = {"a PATH": paths, "--overlay": overlay, "--srt": srt, "--vtt": vtt}
@@ -786,6 +807,7 @@ def apply(
     Exit code: 0; 1 if a file is missing or could not be written (each gets a line); 2 if nothing could be
     done.
     """
+    do_without_output()
     with mistakes():
         from captioner.batch.command import apply as run
 

@@ -55,6 +55,8 @@ def open_atomically(path: Path, *, like: Path | None = None, keep_time: bool = F
         OSError: if it cannot be written, with the name of the file meant; nothing is left behind then, as
             when the body raises.
     """
+    if path.is_symlink():  # which stays, and what it leads to is written
+        path = Path(os.path.realpath(path))
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=".tmp")
     except OSError as error:

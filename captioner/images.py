@@ -851,7 +851,9 @@ def _name(source: object) -> str:
 
 
 def explain(error: Exception, name: str) -> ImageError:
-    """Turn whatever a decoder raised into the line for the user."""
+    """Turn whatever a decoder raised into the line for the user; a mistake of our own stays what it is."""
+    if isinstance(error, NameError):
+        raise error
     if isinstance(error, MemoryError):
         return ImageError(f"{name}: not enough memory to decode it; make the picture smaller")
     if isinstance(error, Image.DecompressionBombError):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import queue
 import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from captioner import identity
 from captioner.batch.engines import Seeds, devices_engine, identity_of, local_engine, look_closely, ray_engine
 from captioner.batch.journal import Journal
-from captioner.batch.run import Beside, Counts, Engine, Run, Stopped, errors_of, journal_of
+from captioner.batch.run import Beside, Counts, Engine, Run, Stopped, errors_of, is_list_of, journal_of
 from captioner.batch.sources import Missing, Source, find_sources
-from captioner.batch.tables import check_output, image_id, to_json
+from captioner.batch.tables import TableFormatError, check_output, image_id, to_json
+from captioner.batch.watch import WatchError
 from captioner.console import FAILED, INTERRUPTED, STOPPED, TERMINATED, UNUSABLE, fail, say
 from captioner.files import open_atomically, remove_leftovers
 from captioner.inputs import printable
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from captioner.captioner import Captioner
     from captioner.outputs import Progress
 
+WORDS = "words around captions"
+"""Under what the journal keeps --before and --after."""
 COMPLAINTS = 20
 """How many errors are told as they come."""
 SHOWN = 3
@@ -134,13 +138,15 @@ def run_batch(batch: Batch) -> int:
             beside=beside,
             looks=batch.report is not None,
         )
+        if batch.sidecars:  # for `captioner apply`
+            journal.put(WORDS, {"before": batch.before, "after": batch.after})
         code = 0
         with _signals(run) as signalled:
             try:
                 _caption(batch, run, found)
                 if batch.watch and not run.stopping:
                     _watch(batch, run)
-            except Stopped as stop:
+            except (Stopped, WatchError) as stop:
                 say(f"stopped: {stop}; what was captioned is kept, and the same command goes on")
                 code = STOPPED
             except KeyboardInterrupt:
@@ -149,7 +155,7 @@ def run_batch(batch: Batch) -> int:
                 run.finish()
                 if batch.report is not None:
                     _report(batch, run, batch.report)
-            except Stopped as stop:
+            except (Stopped, TableFormatError) as stop:
                 if not code:
                     say(f"stopped: {stop}; what was captioned is kept, and the same command goes on")
                 code = STOPPED
@@ -277,13 +283,43 @@ def _caption(
                 progress.say(f"further errors: see {batch.errors}")
 
         run.complain = complain
-        if found is None and progress.shown and "-" not in batch.paths:
+        if found is None and progress.shown and _is_quick_to_list(batch.paths):
             threading.Thread(target=_count, args=(batch, progress), daemon=True).start()
-        records = run.run(
-            batch.find() if found is None else found, lambda: _make_engine(batch, run, progress, load)
-        )
+        listed = batch.find() if found is None else iter(found)
+        if "-" in batch.paths:
+            listed = _until(lambda: run.stopping, listed)
+        records = run.run(listed, lambda: _make_engine(batch, run, progress, load))
         for _ in records:
             pass
+
+
+def _until(stopping: Callable[[], bool], items: Iterator[Any]) -> Iterator[Any]:
+    """Yield items until there are no more or it is time to stop, also while nothing comes."""
+    waiting: queue.Queue[tuple[str, Any]] = queue.Queue(1000)
+
+    def read() -> None:
+        try:
+            for item in items:
+                waiting.put(("item", item))
+        except BaseException as error:
+            waiting.put(("error", error))
+        waiting.put(("end", None))
+
+    threading.Thread(target=read, daemon=True).start()
+    while not stopping():
+        with suppress(queue.Empty):
+            what, item = waiting.get(timeout=0.2)
+            if what == "end":
+                return
+            if what == "error":
+                raise item
+            yield item
+
+
+def _is_quick_to_list(paths: Sequence[str]) -> bool:
+    """Tell whether all can be listed twice: they are no streams, and on this machine."""
+    streams = ("-", ".gz", ".tgz", ".bz2", ".xz")
+    return not any("://" in path or path.lower().endswith(streams) for path in paths)
 
 
 def _count(batch: Batch, progress: Progress) -> None:
@@ -371,6 +407,7 @@ def _watch(batch: Batch, run: Run) -> None:
         batch.paths, batch.recursive, ignore=run.knows, force_polling=batch.poll, stop=run.stop
     ):
         _caption(batch, run, list(find_sources(paths)), load)
+        run.settle()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -379,12 +416,26 @@ def _watch(batch: Batch, run: Run) -> None:
 def _check_report(path: Path) -> None:
     from importlib.util import find_spec
 
+    from captioner.batch.page import is_page
+
     if path.suffix.lower() not in (".html", ".htm"):
         fail(f"--report {path}: expected a name that ends in .html")
     if not path.parent.is_dir():
         fail(f"--report {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        fail(f"--report {path}: the folder {path.parent} cannot be written to; choose another")
+    alike = _alike_of(path)
+    for file, ours in ((path, is_page(path)), (alike, is_list_of(["alike"], alike))):
+        if not ours:
+            fail(
+                f"--report {path}: {file} exists and holds something else; move it away, or give another name"
+            )
     if find_spec("imagehash") is None:
         fail('--report needs ImageHash for pictures that look alike: pip install "captioner[report]"')
+
+
+def _alike_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.alike.jsonl")
 
 
 def _report(batch: Batch, run: Run, path: Path) -> None:
@@ -398,7 +449,7 @@ def _report(batch: Batch, run: Run, path: Path) -> None:
     options = {"doubtful": batch.min_confidence} if batch.min_confidence else {}
     try:
         count = write_page(path, title, run.journal.previews(), groups, **options)
-        alike = path.with_name(f"{path.stem}.alike.jsonl")
+        alike = _alike_of(path)
         remove_leftovers(alike)
         if groups:
             with open_atomically(alike) as file:
@@ -427,6 +478,8 @@ def _summarise(batch: Batch, run: Run) -> None:
     if counts.doubtful and batch.output is not None:
         review = batch.output.with_name(f"{batch.output.stem}.review{batch.output.suffix}")
         say(f"{_files(counts.doubtful)} below --min-confidence {batch.min_confidence}: see {review}")
+    if any(ledger.sorted_anew for ledger in run.ledgers) and not counts.doubtful:
+        say(f"{batch.output} was sorted anew by --min-confidence {batch.min_confidence}")
     for ledger in run.ledgers:
         if ledger.moved is not None:
             say(f"{ledger.path} had been edited; that is now {ledger.moved}")
@@ -478,6 +531,9 @@ def apply(
             fail(f"--journal {journal}: there is no such file")
         return run_apply(table, **wish)
     with Journal(place) as noted:
+        words = noted.get(WORDS) or {}  # of the run, unless others are given
+        if not alt_text or sidecars:
+            wish.update(before=before or words.get("before", ""), after=after or words.get("after", ""))
 
         def note(path: str, output: str, target: Path, digest: str) -> None:
             noted.plan(path, output, target, digest)

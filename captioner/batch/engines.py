@@ -27,7 +27,9 @@ def identity_of(
     asked = {**options, **clips, "precision": precision}
     if not asked.get("sample"):
         asked.pop("seed", None)
-    named = {k: v for k, v in asked.items() if v not in (None, "", [], (), False) and usual.get(k) != v}
+    left_out: tuple[Any, ...] = (None, "", [], ())
+    # 0 is a choice and not False, to which it is equal
+    named = {k: v for k, v in asked.items() if v not in left_out and v is not False and usual.get(k) != v}
     return f"{fingerprint} {json.dumps(named, sort_keys=True, default=str)}"
 
 

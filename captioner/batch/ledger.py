@@ -52,6 +52,8 @@ class Ledger:
         self.suffix = path.suffix.lower()
         self.moved: Path | None = None
         """Where an edited table has gone."""
+        self.sorted_anew = False
+        """Whether another rule than that of the run before tells which records it holds."""
         self._key = f"table {path.name}"
         empty = {"size": 0, "sha256": "", "upto": 0, "there": False, "open": False, "stale": False}
         noted = journal.get(self._key) or {}
@@ -61,6 +63,7 @@ class Ledger:
         remove_leftovers(path)
         self._file: IO[bytes] | None = None
         self._digest = hashlib.sha256()
+        self._stamp: tuple[int, ...] | None = None
         known = self._state["there"] or self._state["open"]
         if not known and path.exists() and path.stat().st_size:
             raise TableFormatError(
@@ -98,6 +101,11 @@ class Ledger:
         if self._state["upto"] < records[0][0] - 1:  # captioned by a run that was killed then
             missed = self.journal.records(self._state["upto"])
             records = [item for item in missed if item[0] < records[0][0]] + list(records)
+        if self._file is not None and self._stamp != _stamp_of(self.path):
+            # somebody has changed, replaced or deleted it since: `finish` moves it aside, and writes it anew
+            self.close()
+            self._note(stale=True, open=False)
+            return
         self._write(b"".join(lines(record, self.suffix) for _, record in records if self.wanted(record)))
         self._note(upto=records[-1][0])
 
@@ -119,6 +127,11 @@ class Ledger:
         if not self.complete:
             self._rewrite()
         self.close()
+
+    def settle(self) -> None:
+        """Write a table anew that grows and in which something has been replaced; others wait for the end."""
+        if self.suffix in APPENDED and self._must_rewrite:
+            self.finish()
 
     def close(self) -> None:
         """Close the file, if it is open."""
@@ -169,6 +182,7 @@ class Ledger:
         digest.update(data)
         self._note(size=place + len(data), sha256=digest.hexdigest(), there=True)
         self._digest = digest
+        self._stamp = _stamp_of(self.path)
 
     def _open(self) -> None:
         """Open the file at the place to which it was noted, and cut off what a kill left behind that."""
@@ -182,11 +196,13 @@ class Ledger:
             left -= len(part)
         self._file.truncate(size)
         self._file.seek(size)
+        self._stamp = _stamp_of(self.path)
 
     def _rewrite(self) -> None:
         self.close()
         if self._state["there"] and self.path.exists() and not self._is_as_noted():
             self._move_aside()
+        self.sorted_anew = self._state["rule"] != self.rule
         wanted: Iterator[Record] = (r for _, r in self.journal.records() if self.wanted(r))
         first = next(wanted, None)
         upto = self.journal.last()
@@ -210,6 +226,15 @@ class Ledger:
             number += 1
         os.replace(self.path, target)
         self.moved = target
+
+
+def _stamp_of(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when somebody writes a file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class _Hashed(io.RawIOBase):

@@ -199,6 +199,18 @@ def write_page(
     return count
 
 
+def is_page(path: Path) -> bool:
+    """Tell whether a file is none, empty, or a contact sheet of captioner."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2000)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return not head or b'<meta name="generator" content="captioner">' in head
+
+
 def _line(blob: bytes | None) -> str:
     return "" if not blob or blob[0] != _VERSION else base64.b64encode(blob).decode()
 

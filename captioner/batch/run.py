@@ -7,13 +7,14 @@ steps, the next run with the same command does the rest, and nothing twice.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from captioner.batch.journal import Done, Entry, Journal, JournalFull
 from captioner.batch.ledger import Ledger
 from captioner.batch.sources import Missing, Source, checksum
+from captioner.batch.tables import TableFormatError
 from captioner.files import open_atomically, remove_leftovers
 from captioner.inputs import ImageError
 from captioner.parallel import ahead
@@ -35,6 +37,8 @@ CHUNK = 400
 COMMIT_SECONDS = 1.0
 """How much work a kill may cost, at most, beside what is being captioned."""
 COMMIT_FILES = 256
+_LISTED = "errors listed"
+_LONGEST = 2**20
 LOOK = "look"
 """What the journal calls that an engine has looked closely."""
 
@@ -94,6 +98,19 @@ class Counts:
         return self.captioned + self.skipped + self.failed + len(self.missing)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A source in work, its checksum, and the place of its record if it has one that may stay.
+
+    ``captioned``: it is done, and only to be looked at; otherwise it has failed before.
+    """
+
+    source: Source
+    checksum: str
+    place: int | None = None
+    captioned: bool = False
+
+
 class Run:
     """Captions sources and keeps journal, tables and what is written beside files in step."""
 
@@ -150,9 +167,14 @@ class Run:
             self.ledgers.append(Ledger(journal, review, self.is_doubtful, self._rule, optional=True))
         if errors is not None:
             remove_leftovers(errors)
+            if not is_list_of(("path", "error"), errors):
+                raise TableFormatError(
+                    f"{errors}: this is where errors are listed, and it holds something else; move it away, "
+                    "or choose another name"
+                )
         journal.commit()
         self._waiting: list[tuple[Entry, Source]] = []
-        self._in_work: dict[str, tuple[Source, str, int | None]] = {}
+        self._in_work: dict[str, _Begun] = {}
         self._late: list[tuple[str, Source, dict[str, Any]]] = []
         self._committed = time.monotonic()
 
@@ -213,13 +235,15 @@ class Run:
             for (source, sum_), done in zip(rest, known, strict=True):
                 if self.stopping:
                     return
-                place = None
+                begun = _Begun(source, sum_)
                 if done is not None and self._is_done(source, sum_, done):
                     self.counts.skipped += 1
                     if not self._look or self._look in done.written.split(","):
                         continue
-                    place = done.id
-                self._in_work[source.path] = source, sum_, place
+                    begun = _Begun(source, sum_, done.id, captioned=True)
+                elif done is not None and self._is_as_it_failed(source, sum_, done):
+                    begun = _Begun(source, sum_, done.id)
+                self._in_work[source.path] = begun
                 yield source
             self._beside_later()
             self.tick(self.counts.seen)
@@ -261,6 +285,11 @@ class Run:
                 self._late.append((source.path, source, record))
         return True
 
+    def _is_as_it_failed(self, source: Source, sum_: str, done: Done) -> bool:
+        """Tell whether a file could not be captioned before, and is as it was then."""
+        as_it_was = (source.size, source.modified, sum_) == (done.size, done.modified, done.checksum)
+        return bool(done.failed) and done.identity == self._identity and as_it_was
+
     def _changed_by_us(self, source: Source, done: Done) -> bool:
         """Tell whether only our writing into the file changed it, and a kill kept us from noting that."""
         for name, output in self.beside.items():
@@ -284,19 +313,13 @@ class Run:
 
     def _take(self, finished: Finished) -> None:
         record = finished.record
-        source, sum_, place = self._in_work.pop(record["path"])
-        if place is not None:
-            self.counts.skipped -= 1
-            if record["caption"] == self.journal.record(place)["caption"] and record["error"] is None:
-                self.counts.skipped += 1
-                self.counts.looked += 1
-                self.journal.look(place, finished.preview, finished.likeness)
-                self.journal.mark(source.path, LOOK, self._look)
-                if time.monotonic() - self._committed >= COMMIT_SECONDS:
-                    self.flush()
-                return
+        begun = self._in_work.pop(record["path"])
+        if begun.place is not None and self._is_nothing_new(begun, begun.place, finished):
+            return
+        source = begun.source
         entry = Entry(
-            record["path"], source.size, source.modified, sum_, record, finished.preview, finished.likeness
+            *(record["path"], source.size, source.modified, begun.checksum, record),
+            *(finished.preview, finished.likeness),
         )
         self._waiting.append((entry, source))
         if record["error"] is not None:
@@ -304,6 +327,28 @@ class Run:
         self.tick(self.counts.seen + len(self._waiting))
         if len(self._waiting) >= COMMIT_FILES or time.monotonic() - self._committed >= COMMIT_SECONDS:
             self.flush()
+
+    def _is_nothing_new(self, begun: _Begun, place: int, finished: Finished) -> bool:
+        """Tell whether the record that the journal has of a file can stay, and note what else was found."""
+        record, old = finished.record, self.journal.record(place)
+        same = (record["caption"], record["error"]) == (old["caption"], old["error"])
+        if not begun.captioned:
+            if not same or (record["caption"] and self.beside):
+                return False
+            # as before, so that tables and what people made of them stay
+            self.counts.failed += 1
+            self.complain(record["error"])
+            self.tick(self.counts.seen + len(self._waiting))
+            return True
+        if not same:
+            self.counts.skipped -= 1
+            return False
+        self.counts.looked += 1
+        self.journal.look(place, finished.preview, finished.likeness)
+        self.journal.mark(record["path"], LOOK, self._look)
+        if time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self.flush()
+        return True
 
     def flush(self) -> None:
         """Bring everything that is captioned to the disk.
@@ -410,6 +455,19 @@ class Run:
             for ledger in self.ledgers:
                 ledger.close()
 
+    def settle(self) -> None:
+        """Write tables anew that are appended to and hold what has been replaced, while the run goes on.
+
+        Raises:
+            Stopped: the disk is full, or cannot be written.
+        """
+        try:
+            for ledger in self.ledgers:
+                ledger.settle()
+            self.journal.commit()
+        except (JournalFull, sqlite3.OperationalError, OSError) as error:
+            raise self._stop(error) from None
+
     def failures(self) -> Iterator[tuple[str, str]]:
         """Yield path and reason of all in the journal that has no caption, and of what was missing."""
         yield from ((record["path"], record["error"]) for record in self.journal.failures())
@@ -423,11 +481,29 @@ class Run:
         failures = self.failures()
         first = next(failures, None)
         if first is None:
-            self.errors.unlink(missing_ok=True)
+            if self.journal.get(_LISTED) and is_list_of(("path", "error"), self.errors):
+                self.errors.unlink()
             return
+        self.journal.put(_LISTED, True)
+        self.journal.commit()
         with open_atomically(self.errors) as file:
             for path, error in chain([first], failures):
                 file.write(f"{to_json({'path': path, 'error': error})}\n".encode())
+
+
+def is_list_of(keys: Sequence[str], path: Path) -> bool:
+    """Tell whether a file is none, empty, or JSON Lines of objects with these keys, by its first line."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(_LONGEST)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        return not line or [*json.loads(line)] == [*keys]
+    except (ValueError, TypeError):
+        return False
 
 
 def journal_of(place: Path) -> Path:

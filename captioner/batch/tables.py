@@ -8,10 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from captioner.inputs import printable
 
 COLUMNS = (
     *("path", "caption", "confidence", "score", "log_probability", "finished"),
@@ -123,7 +126,7 @@ def lines(record: Mapping[str, Any], suffix: str) -> bytes:
 
 
 def write_table(path: Path, records: Iterable[Mapping[str, Any]], file: IO[bytes]) -> None:
-    """Write a whole table of that suffix; memory does not grow with the number of records, but COCO's ids.
+    """Write a whole table of that suffix; memory does not grow with the number of records, but for COCO's.
 
     Raises:
         TableFormatError: two pictures have the same COCO id.
@@ -185,19 +188,29 @@ def image_id(path: str) -> int | str:
 
 
 def _write_coco(path: Path, records: Iterable[Mapping[str, Any]], file: IO[bytes]) -> None:
-    seen: dict[int | str, str] = {}
-    file.write(b"[")
+    found: dict[int | str, tuple[str, str]] = {}
     for record in records:
         if not record["caption"]:
             continue
-        found = image_id(record["path"])
-        other = seen.setdefault(found, record["path"])
-        if other != record["path"]:
+        id_, here = image_id(record["path"]), record["path"]
+        other = found.get(id_, (here, ""))[0]
+        if other != here and not is_gone(other):
+            if is_gone(here):
+                continue
             raise TableFormatError(
-                f"{path}: {other} and {record['path']} have the same COCO id {found}; give another format, "
-                "such as .jsonl, or rename one"
+                f"{path}: {printable(other)} and {printable(here)} have the same COCO id {id_}; rename one, "
+                f"give another format, such as .jsonl, or delete {path} and its journal to begin anew"
             )
-        if len(seen) > 1:
-            file.write(b",")
-        file.write(f"\n{to_json({'image_id': found, 'caption': record['caption']})}".encode())
-    file.write(b"\n]\n" if seen else b"]\n")
+        found[id_] = here, record["caption"]
+    file.write(b"[")
+    for number, (id_, (_, caption)) in enumerate(found.items()):
+        file.write(b"," * (number > 0))
+        file.write(f"\n{to_json({'image_id': id_, 'caption': caption})}".encode())
+    file.write(b"\n]\n" if found else b"]\n")
+
+
+def is_gone(path: str) -> bool:
+    """Tell whether a local file that was captioned is there no longer; members of archives do not count."""
+    return (
+        "://" not in path and not os.path.lexists(path) and not any(map(os.path.isfile, Path(path).parents))
+    )

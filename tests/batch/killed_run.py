@@ -222,7 +222,7 @@ def main() -> None:
     for round_ in range(rounds):
         here = place / f"random{round_}"
         kills += trial(
-            here, kind, *(draw.choice((draw.randrange(1, step), -draw.randrange(1, 30))) for _ in range(4))
+            here, kind, *(draw.choice((draw.randrange(1, step), -draw.randrange(1, 12))) for _ in range(4))
         )
         compare(contents(here), expected, f"round {round_}")
         shutil.rmtree(here)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,21 @@ def test_options_change_the_identity(run: Run) -> None:
     assert said(read("o.jsonl")) == said(first)
 
 
+def test_zero_is_another_option_than_none(run: Run) -> None:
+    run("caption", "p", "-o", "o.jsonl")
+    outcome = run("caption", "p", "-o", "o.jsonl", "--length-penalty", 0)
+    assert any(line.startswith("captioned 6 files") for line in outcome.complaints)
+
+
+def test_another_bound_sorts_anew_and_says_so(run: Run) -> None:
+    run("caption", "p", "-o", "o.jsonl")
+    outcome = run("caption", "p", "-o", "o.jsonl", "--min-confidence", 1)
+    assert "o.jsonl was sorted anew by --min-confidence 1.0" in outcome.complaints
+    assert len(read("o.review.jsonl")) == 6
+    outcome = run("caption", "p", "-o", "o.jsonl", "--min-confidence", 1)
+    assert not any("sorted" in line for line in outcome.complaints)
+
+
 def test_sampling_does_not_depend_on_where_a_run_was_stopped(run: Run) -> None:
     options = ("--sample", "--seed", 3)
     run("caption", "p", "-o", "a.jsonl", *options)
@@ -220,6 +236,16 @@ def test_a_report(run: Run) -> None:
     text = Path("r.html").read_text()
     assert "p/000003.png" in text
     assert "http://" not in text.replace("http://www.w3.org", "")
+
+
+def test_a_report_replaces_nothing_of_a_person(run: Run) -> None:
+    pytest.importorskip("imagehash")
+    for name, text in (("r.html", "<p>my page</p>"), ("q.alike.jsonl", '{"my": "list"}')):
+        Path(name).write_text(text)
+        outcome = run("caption", "p", "-o", "o.jsonl", "--report", f"{name[0]}.html")
+        assert outcome.code == 2
+        assert f"{name} exists and holds something else" in outcome.complaints[0]
+        assert Path(name).read_text() == text
 
 
 def test_a_report_of_what_was_captioned_before(run: Run) -> None:
@@ -284,6 +310,23 @@ def test_a_signal_finishes_what_is_in_work(tmp_path: Path, model: Path, kind: si
     assert f"captioner: captioned {captioned:,} files" in lines
 
 
+def test_a_signal_ends_waiting_for_names(tmp_path: Path, model: Path) -> None:
+    save(tmp_path / "1.png", 1)
+    process = launch("caption", "-", "-o", "o.jsonl", "-m", model, cwd=tmp_path, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b"1.png\n")
+    process.stdin.flush()
+    journal = tmp_path / "o.jsonl.journal"
+    deadline = time.monotonic() + 60
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr is not None
+    assert b"Fatal" not in process.stderr.read()
+
+
 @pytest.mark.parametrize("options", [[], ["--poll"]])
 def test_watching(tmp_path: Path, model: Path, options: list[str]) -> None:
     pytest.importorskip("watchfiles")
@@ -307,13 +350,31 @@ def test_watching(tmp_path: Path, model: Path, options: list[str]) -> None:
         wait_for(1)
         save(tmp_path / "p" / "2.png", 2)
         wait_for(2)
+        save(tmp_path / "p" / "1.png", 9)  # another picture
+        save(tmp_path / "p" / "3.png", 3)
+        wait_for(3)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0, err
-    assert "captioner: captioned 2 files" in err.decode()
-    assert sorted(path.name for path in (tmp_path / "p").glob("*.txt")) == ["1.txt", "2.txt"]
+    assert "captioner: captioned 4 files" in err.decode()
+    assert sorted(path.name for path in (tmp_path / "p").glob("*.txt")) == ["1.txt", "2.txt", "3.txt"]
+
+
+def test_a_watched_folder_that_goes_away(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "p").mkdir()
+    save(tmp_path / "p" / "1.png", 1)
+    process = launch("caption", "p", "-o", "o.parquet", "-m", model, "--watch", "--poll", cwd=tmp_path)
+    assert process.stderr is not None
+    said = iter(process.stderr.readline, b"")
+    assert any(b"watching p" in line for line in said)
+    shutil.rmtree(tmp_path / "p")
+    rest = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 3, rest
+    assert "captioner: stopped: p" in rest
+    assert (tmp_path / "o.parquet").stat().st_size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -375,6 +436,16 @@ def test_apply(run: Run, model: Path) -> None:
     outcome = run("apply", "gone.csv")
     assert outcome.code == 2
     assert "gone.csv" in outcome.complaints[0]
+
+
+def test_apply_keeps_the_words_around_captions(run: Run) -> None:
+    run("caption", "p", "-o", "o.csv", "--sidecars", "--before", "mine, ")
+    path, caption, _ = Path("o.csv").read_text().splitlines()[1].split(",", 2)
+    Path("o.csv").write_text(Path("o.csv").read_text().replace(f"{path},{caption}", f"{path},edited", 1))
+    assert run("apply", "o.csv").code == 0
+    said = {path.read_text() for path in Path("p").glob("*.txt")}
+    assert "mine, edited\n" in said
+    assert all(text.startswith("mine, ") for text in said)
 
 
 def test_nothing_to_caption_leaves_nothing_behind(run: Run) -> None:
