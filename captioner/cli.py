@@ -342,7 +342,10 @@ def caption(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="With --sample: the n-th file, from 0, gets seed + n.", metavar="N")
+        int, typer.Option(
+            help="With --sample: the n-th file, from 0, gets seed + n; in a batch a file's seed depends on its path.",
+            metavar="N",
+        )
     ] = 0,
     batch_size: Annotated[
         int,

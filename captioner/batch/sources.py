@@ -25,9 +25,12 @@ from captioner.batch.archives import ARCHIVE_SUFFIXES, read_archive
 from captioner.batch.remote import MAX_BYTES, exists, from_file_url, is_url, open_remote, suffix_of, too_large
 from captioner.batch.rows import (
     TABLE_SUFFIXES,
+    RowError,
     TableError,
     beside,
+    find_column,
     path_column,
+    read_rows,
     read_table,
     table_columns,
 )
@@ -249,7 +252,7 @@ def find_sources(
 
     An input is
 
-    - a file, a folder or a pattern, as for `captioner.images.find_images`;
+    - a file, a folder or a pattern, as for `captioner.inputs.find_images`;
     - ``-``: a list of paths on standard input, one a line or each ended by a NUL character;
     - a table (``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson``, ``.parquet``) with a column of paths. Relative
       ones count from the table's folder if they exist there, else from the current one;
@@ -392,13 +395,16 @@ class _Finder:
             return
         try:
             columns = table_columns(path)
-            column = self.column if self.column is not None else path_column(columns)
-            if column not in columns:
+            column = path_column(columns) if self.column is None else find_column(columns, self.column)
+            if column is None:
                 there = ", ".join(map(name_of, columns[:20])) + (", ..." if len(columns) > 20 else "")
-                wanted = "column of paths" if column is None else f"column {name_of(column)}"
+                wanted = "column of paths" if self.column is None else f"column {name_of(self.column)}"
                 raise TableError(f"{name}: no {wanted}; give --column with one of {there}")
             row = 0
-            for row, record in enumerate(read_table(path, [column]), 1):
+            for row, record in enumerate(read_rows(path, [column]), 1):
+                if isinstance(record, RowError):
+                    yield Missing(f"{path}:{row}", str(record))
+                    continue
                 entry = record[column]
                 if isinstance(entry, bytes):
                     entry = os.fsdecode(entry)
