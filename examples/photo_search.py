@@ -4,7 +4,7 @@
     python examples/photo_search.py LIBRARY.db find "dog beach"
 
 Keeps captions and the model's guesses in SQLite with full-text search. Adding a folder again takes only what
-is new.
+is new, and tries again what could not be captioned, of which there is a line each.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ def open_library(path: Path) -> sqlite3.Connection:
 
 def add(library: sqlite3.Connection, table: Path, photos: Path, captioner: Captioner | None = None) -> int:
     """Caption what is new, and return how many that is; ``table`` remembers what was captioned."""
-    new = sum(1 for _ in caption_records(photos, recursive=True, captioner=captioner, output=table))
-    with (
-        library
-    ):  # all of it anew, which is quick: so the index has what the table has, whatever happened before
+    new = 0
+    for record in caption_records(photos, recursive=True, captioner=captioner, output=table):
+        if record["error"] is None:
+            new += 1
+        else:
+            print(record["error"], file=sys.stderr)
+    # all of it anew, which is quick: so the index has what the table has, whatever happened before
+    with library:
         library.execute("DELETE FROM photos")
-        for record in read_table(table):
+        for record in read_table(table) if table.exists() else ():
             if record["error"] is None:
                 guesses = [g["word"] for g in record.get("guesses", ()) if g["probability"] > 0.3]
                 row = (record["path"], record["caption"], " ".join(guesses), record["confidence"])
@@ -60,7 +64,8 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     opened = open_library(place)
     if sys.argv[2] == "add":
-        print(f"{add(opened, place.with_suffix('.jsonl'), Path(sys.argv[3]))} files are new")
+        new = add(opened, place.with_suffix(".jsonl"), Path(sys.argv[3]))
+        print("1 file is new" if new == 1 else f"{new} files are new")
     else:
         for path, caption in find(opened, sys.argv[3]):
             print(f"{path}: {caption}")

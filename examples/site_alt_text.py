@@ -5,7 +5,7 @@
 Captions every picture in SITE that an ``<img>`` without ``alt`` shows, and writes the caption into the HTML
 file. Text that is there is kept, also an empty one: that marks a decoration. Doubtful captions are left out
 and listed, for a person to write. What was captioned is kept in SITE/../alt_text.jsonl, so a second run is
-quick.
+quick. A page that is not UTF-8, or cannot be read or written, gets a line, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -40,18 +40,40 @@ def source(attributes: str, page: Path, site: Path) -> str | None:
     return file if os.path.isfile(file) else None
 
 
+def read(page: Path) -> str:
+    """Return a page's text, its line ends as they are."""
+    return page.read_bytes().decode("utf-8")
+
+
+def readable(site: Path) -> tuple[list[Path], list[str]]:
+    """Return the pages that can be read, and a line about each of the others."""
+    pages, problems = [], []
+    for page in sorted(site.rglob("*.html")):
+        try:
+            read(page)
+        except UnicodeDecodeError:
+            problems.append(f"{page}: this page is not UTF-8 and was left as it is; save it as UTF-8")
+        except OSError as error:
+            problems.append(f"{page}: {error.strerror or error}")
+        else:
+            pages.append(page)
+    return pages, problems
+
+
 def lacking(pages: list[Path], site: Path) -> Iterator[str]:
     """Yield the pictures that lack alt text."""
     for page in pages:
-        for match in IMG.finditer(page.read_text(encoding="utf-8")):
+        for match in IMG.finditer(read(page)):
             file = source(match[1], page, site)
             if file is not None:
                 yield file
 
 
-def describe(site: Path, captioner: Captioner | None = None, least: float = 0.3) -> list[str]:
-    """Fill in what is lacking; return the pictures that a person should describe."""
-    pages = sorted(site.rglob("*.html"))
+def describe(
+    site: Path, captioner: Captioner | None = None, least: float = 0.3
+) -> tuple[list[str], list[str]]:
+    """Fill in what is lacking; return the pictures that a person should describe, and a line a bad page."""
+    pages, problems = readable(site)
     kept = site.parent / "alt_text.jsonl"
     pictures = sorted(set(lacking(pages, site)))
     for _ in caption_records(pictures, captioner=captioner, output=kept, errors="skip") if pictures else ():
@@ -70,15 +92,25 @@ def describe(site: Path, captioner: Captioner | None = None, least: float = 0.3)
                 return match[0]
             return f'<img{match[1]} alt="{html.escape(alt[file])}"{" /" if match[2] else ""}>'
 
-        before = page.read_text(encoding="utf-8")
+        before = read(page)
         after = IMG.sub(fill, before)
         if after != before:
-            page.write_text(after, encoding="utf-8")
-    return [path for path in pictures if path not in alt]
+            try:
+                page.write_bytes(after.encode("utf-8"))
+            except OSError as error:
+                problems.append(f"{page}: {error.strerror or error}")
+    return [path for path in pictures if path not in alt], problems
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    for doubtful in describe(Path(sys.argv[1])):
-        print(f"{doubtful}: please describe this one yourself")
+    folder = Path(sys.argv[1])
+    if not folder.is_dir():
+        sys.exit(f"{folder}: there is no such folder")
+    doubtful, problems = describe(folder)
+    for path in doubtful:
+        print(f"{path}: please describe this one yourself")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    sys.exit(1 if problems else 0)

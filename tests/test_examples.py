@@ -59,16 +59,35 @@ def test_site_alt_text(photos: Path, captioner: Captioner, tmp_path: Path) -> No
     page = site / "pages" / "index.html"
     page.write_text(PAGE)
     example = load("site_alt_text")
-    left = example.describe(site, captioner)
+    left, problems = example.describe(site, captioner)
     assert [Path(path).name for path in left] == ["broken.jpg"]
+    assert problems == []
     text = page.read_text()
     captions = re.findall(r'alt="([^"]+)"', text.replace('data-alt="x"', ""))
     assert len(captions) == 2
     assert "lion" in captions[0]
     assert "cheetah" in captions[1]
     assert text.replace(f' alt="{captions[0]}"', "").replace(f' alt="{captions[1]}"', "") == PAGE
-    assert example.describe(site, captioner) == left
+    assert example.describe(site, captioner) == (left, [])
     assert page.read_text() == text
+
+
+def test_site_with_a_page_that_is_not_utf8(photos: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (photos / "lion.jpg").rename(site / "lion.jpg")
+    old = b"<p>caf\xe9 <img src=lion.jpg>\r\n"
+    (site / "a.html").write_bytes(old)
+    (site / "b.html").write_bytes("\ufeff<p>café <img src=lion.jpg>\r\n".encode())
+    command = [sys.executable, EXAMPLES / "site_alt_text.py", site]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"{site / 'a.html'}: this page is not UTF-8 and was left as it is; save it as UTF-8"
+    ]
+    assert (site / "a.html").read_bytes() == old
+    text = (site / "b.html").read_bytes().decode()
+    assert re.fullmatch('\ufeff<p>café <img src=lion.jpg alt="[a-z ]*lion[a-z ]*">\r\n', text)
 
 
 def test_fine_tuning_dataset(photos: Path, captioner: Captioner, tmp_path: Path) -> None:
@@ -82,12 +101,16 @@ def test_fine_tuning_dataset(photos: Path, captioner: Captioner, tmp_path: Path)
     assert example.make(photos, data_set, "my zoo", captioner, least=1.0) == 0
 
 
-def test_photo_search(photos: Path, captioner: Captioner, tmp_path: Path) -> None:
+def test_photo_search(
+    photos: Path, captioner: Captioner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     example = load("photo_search")
     library = example.open_library(tmp_path / "library.db")
     table = tmp_path / "library.jsonl"
-    assert example.add(library, table, photos, captioner) == 4
-    assert example.add(library, table, photos, captioner) == 1  # the broken one is tried again
+    assert example.add(library, table, photos, captioner) == 3
+    assert example.add(library, table, photos, captioner) == 0  # the broken one is tried again
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith(f"{photos / 'broken.jpg'}: ") for line in lines] == [True, True]
     assert [Path(path).name for path, _ in example.find(library, "lions")] == ["lion.jpg"]
     assert list(example.find(library, 'elephant "*')) == []
 

@@ -33,9 +33,23 @@ PATH_COLUMNS = ("path", "file", "file_name", "filename", "image", "image_path", 
 _LONGEST_LINE = 2**26
 """Bytes of a line and characters of a field; a missing quote must not make one field of a whole file."""
 
+_DELIMITERS = ",;\t"
+
 
 class TableError(ValueError):
     """A table that cannot be read, or not to its end; one line that names it, the place, and what to do."""
+
+
+class RowError(TableError):
+    """A row that cannot be read, while those after it can.
+
+    Attributes:
+        row: its number; the first below the names of the columns is 1.
+    """
+
+    def __init__(self, name: str, row: int, line: int, wrong: str) -> None:
+        super().__init__(f"{name}: row {row} (line {line}){wrong}")
+        self.row = row
 
 
 def read_table(
@@ -44,7 +58,8 @@ def read_table(
     """Yield the rows of a CSV, TSV, JSON Lines or Parquet file, told by its suffix, one after the other.
 
     Text is UTF-8; a byte-order mark is left out. The first line of CSV and TSV holds the columns' names;
-    values are text. CSV with semicolons, as some spreadsheets write it, is read, too.
+    values are text. CSV with semicolons or tabs, with ``sep=;`` above the names, or with the line ends of old
+    Macs is read, too.
 
     Args:
         path: a local file, or an address that fsspec knows.
@@ -52,7 +67,21 @@ def read_table(
 
     Raises:
         TableError: the file cannot be read, is damaged, or has no such column; on the first row asked for, or
-            after the rows that it does hold.
+            after the rows that it does hold. A `RowError` if only that row is wrong.
+    """
+    for row in read_rows(path, columns):
+        if isinstance(row, RowError):
+            raise row
+        yield row
+
+
+def read_rows(
+    path: str | os.PathLike[str], columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any] | RowError]:
+    """Yield the rows of a table as `read_table` does, and in the place of a wrong one what is wrong with it.
+
+    Raises:
+        TableError: as `read_table`, where nothing after it can be read.
     """
     path = os.fsdecode(path)
     name = name_of(path)
@@ -61,7 +90,7 @@ def read_table(
 
 
 def table_columns(path: str | os.PathLike[str]) -> list[str]:
-    """Return the names of a table's columns; of JSON Lines those of the first row.
+    """Return the names of a table's columns; of JSON Lines those of the first row that can be read.
 
     Raises:
         TableError: as `read_table`.
@@ -71,13 +100,22 @@ def table_columns(path: str | os.PathLike[str]) -> list[str]:
     with _open_table(path) as stream:
         read = _reader(path)
         if read is _read_jsonl:
-            return list(next(read(stream, name, None), {}))
+            wrong: RowError | None = None
+            for row in read(stream, name, None):
+                if not isinstance(row, RowError):
+                    return list(row)
+                wrong = wrong or row
+            if wrong is not None:
+                raise wrong
+            return []
         if read is _read_parquet:
             return _parquet_names(_parquet_file(stream, name), name)
-        return next(_csv_rows(stream, name, "\t" if suffix_of(path) == ".tsv" else ","))
+        return _csv_rows(stream, name, "\t" if suffix_of(path) == ".tsv" else ",")[0]
 
 
-def _reader(path: str) -> Callable[[IO[bytes], str, Sequence[str] | None], Iterator[dict[str, Any]]]:
+def _reader(
+    path: str,
+) -> Callable[[IO[bytes], str, Sequence[str] | None], Iterator[dict[str, Any] | RowError]]:
     suffix = suffix_of(path)
     if suffix == ".csv":
         return _read_csv
@@ -129,75 +167,139 @@ def _read_lines(stream: IO[bytes], name: str) -> Iterator[str]:
             raise TableError(f"{name}: line {number} is not UTF-8 ({bad}); save it as UTF-8") from None
 
 
-def _csv_rows(stream: IO[bytes], name: str, delimiter: str) -> Iterator[list[str]]:
-    """Yield the names of the columns, then rows of as many fields."""
-    lines = _read_lines(stream, name)
-    first = next(lines, "")
-    if delimiter == "," and "," not in first and ";" in first:
-        delimiter = ";"
+_BREAK = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+_SEP = re.compile(r'"?sep=([^"\r\n])"?\1*[\r\n]*', re.IGNORECASE)
+
+
+def _csv_lines(stream: IO[bytes], name: str) -> Iterator[str]:
+    """Yield lines with their ends, which may be those of old Macs."""
+    for line in _read_lines(stream, name):
+        if "\r" in line.rstrip("\r\n"):
+            yield from (match[0] for match in _BREAK.finditer(line))
+        else:
+            yield line
+
+
+def _delimiter(first: str, usual: str) -> str:
+    """Return what stands between the names of columns: what makes a column of paths of them, or the usual."""
+    several = []
+    for delimiter in dict.fromkeys((usual, *_DELIMITERS)):
+        names = next(csv.reader([first], delimiter=delimiter), [])
+        if len(names) > 1:
+            if path_column(names) is not None:
+                return delimiter
+            several.append(delimiter)
+    return several[0] if several and usual == "," else usual
+
+
+def _csv_rows(
+    stream: IO[bytes], name: str, delimiter: str
+) -> tuple[list[str], Iterator[list[str] | RowError]]:
+    """Return the names of the columns, and rows of as many fields."""
     # a setting of the whole process, but only ever raised: words as JSON are longer than its 128 KB
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_LINE))
-    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-    names: list[str] | None = None
+    lines = _csv_lines(stream, name)
+    first = next(lines, "")
+    above = 0
+    while first and not first.strip("\r\n"):
+        first = next(lines, "")
+        above += 1
+    told = _SEP.fullmatch(first)  # Excel's, above the names
+    if told is not None:
+        first = next(lines, "")
+        above += 1
     try:
-        for row in rows:
-            if not row:
-                continue
-            if names is None:
-                names = row
-                twice = next((column for i, column in enumerate(row) if column in row[:i]), None)
-                if twice is not None:
-                    raise TableError(f"{name}: two columns are called {name_of(twice)}; rename one")
-            elif len(row) != len(names):
-                raise TableError(
-                    f"{name}: line {rows.line_num}: {len(row)} fields, but the first line has {len(names)};"
-                    " correct it"
-                )
-            yield row
+        delimiter = told[1] if told is not None else _delimiter(first, delimiter)
+        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+        names = next(filter(None, reader), None)
     except csv.Error as error:
-        detail = str(error)
-        if "field larger" in detail or "unexpected end" in detail:
-            detail = "a quoted field does not end"
-        raise TableError(f"{name}: line {rows.line_num}: {name_of(detail)}; correct it") from error
+        raise TableError(f"{name}: line {above + 1}: {_csv_wrong(error)}; correct it") from error
     if names is None:
         raise TableError(f"{name}: the table is empty; its first line must name the columns")
+    twice = next((column for i, column in enumerate(names) if column in names[:i]), None)
+    if twice is not None:
+        raise TableError(f"{name}: two columns are called {name_of(twice)}; rename one")
+    return names, _csv_body(reader, name, len(names), above)
+
+
+def _csv_body(reader: Any, name: str, width: int, above: int) -> Iterator[list[str] | RowError]:
+    """Yield the rows below the names; ``above`` lines were not given to the reader."""
+    number = 0
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            number += 1
+            line = above + reader.line_num
+            wrong = _csv_wrong(error)
+            if wrong == _UNENDING:
+                raise TableError(f"{name}: line {line}: {wrong}; correct it") from error
+            yield RowError(name, number, line, f": {wrong}; correct it")
+            continue
+        if row is None:
+            return
+        if not row:
+            continue
+        number += 1
+        if len(row) == width:
+            yield row
+        else:
+            wrong = f": {len(row)} fields, but the first line has {width}; correct it"
+            yield RowError(name, number, above + reader.line_num, wrong)
+
+
+_UNENDING = "a quoted field does not end"
+
+
+def _csv_wrong(error: Exception) -> str:
+    detail = str(error)
+    return _UNENDING if "field larger" in detail or "unexpected end" in detail else name_of(detail)
 
 
 def _read_csv(
     stream: IO[bytes], name: str, columns: Sequence[str] | None, delimiter: str = ","
-) -> Iterator[dict[str, Any]]:
-    rows = _csv_rows(stream, name, delimiter)
-    names = next(rows)
+) -> Iterator[dict[str, Any] | RowError]:
+    names, rows = _csv_rows(stream, name, delimiter)
     if columns is None:
-        for row in rows:
-            yield dict(zip(names, row, strict=True))
-        return
+        columns = names
     _check_columns(columns, names, name)
     places = [names.index(column) for column in columns]
     for row in rows:
-        yield {column: row[place] for column, place in zip(columns, places, strict=True)}
+        if isinstance(row, RowError):
+            yield row
+        else:
+            yield {column: row[place] for column, place in zip(columns, places, strict=True)}
 
 
-def _read_tsv(stream: IO[bytes], name: str, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+def _read_tsv(
+    stream: IO[bytes], name: str, columns: Sequence[str] | None
+) -> Iterator[dict[str, Any] | RowError]:
     return _read_csv(stream, name, columns, "\t")
 
 
-def _read_jsonl(stream: IO[bytes], name: str, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_read_lines(stream, name), 1):
+def _read_jsonl(
+    stream: IO[bytes], name: str, columns: Sequence[str] | None
+) -> Iterator[dict[str, Any] | RowError]:
+    number = 0
+    for place, line in enumerate(_read_lines(stream, name), 1):
         if line.isspace():
             continue
+        number += 1
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))
         except RecursionError:
-            raise TableError(f"{name}: line {number} is nested too deeply; correct it") from None
+            yield RowError(name, number, place, " is nested too deeply; correct it")
+            continue
         except ValueError as error:
             detail = str(error)
             if isinstance(error, json.JSONDecodeError):
                 detail = f"{error.msg} at character {error.colno}"
-            raise TableError(f"{name}: line {number} is not JSON ({detail}); correct it") from error
+            yield RowError(name, number, place, f" is not JSON ({detail}); correct it")
+            continue
         if not isinstance(row, dict):
             kind = "list" if isinstance(row, list) else type(row).__name__
-            raise TableError(f"{name}: line {number} holds a {kind}; each line must be an object, {{...}}")
+            yield RowError(name, number, place, f" holds a {kind}; each line must be an object, {{...}}")
+            continue
         yield row if columns is None else {column: row.get(column) for column in columns}
 
 
@@ -254,9 +356,21 @@ def _check_columns(columns: Sequence[str], names: Sequence[str], name: str) -> N
             raise TableError(f"{name}: no column {name_of(column)}; there are {there}")
 
 
+def folded(column: str) -> str:
+    """Return by what the name of a column is told from others: case and spaces around it do not count."""
+    return column.strip().casefold()
+
+
+def find_column(names: Sequence[str], wanted: str) -> str | None:
+    """Return the column of that name, or else the first whose name is the same but for case and spaces."""
+    if wanted in names:
+        return wanted
+    return next((name for name in names if folded(name) == folded(wanted)), None)
+
+
 def path_column(names: Sequence[str]) -> str | None:
     """Return the first of `PATH_COLUMNS` among the names, or None."""
-    known = {name.strip().casefold(): name for name in reversed(names)}
+    known = {folded(name): name for name in reversed(names)}
     return next((known[column] for column in PATH_COLUMNS if column in known), None)
 
 

@@ -96,6 +96,27 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object], **habits: Any) 
     return path
 
 
+HINT = "what was kept may be captioner's own: the journal of the run tells; name it with --journal FILE"
+
+
+def cut(path: Path, *columns: str) -> Path:
+    """Leave only some columns of a CSV table."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def drop(path: Path, *captions: str) -> Path:
+    """Leave out the rows with these captions."""
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not any(f",{c}," in line for c in captions)), "utf-8")
+    return path
+
+
 def rename(row: dict[str, Any]) -> None:
     row["caption"] = {"a dog": "Rex, our dog", "a man sits": "Papa sitzt"}.get(row["caption"], row["caption"])
 
@@ -125,8 +146,12 @@ def test_edited_captions_become_sidecars(suffix: str, folder: Path) -> None:
     assert text(folder, "c.txt") == "x, a cow\n"
     assert text(folder, "clip.txt") == "x, a man walks. Papa sitzt\n"
     assert [applied.reason for applied in found if applied.what == "kept"] == [
-        "b.jpg: b.txt exists and is kept: captioner did not write it, or it was edited since"
+        "b.jpg: b.txt exists and is kept: nothing tells that captioner wrote it"
     ]
+    kept = {applied.path: applied.reason for applied in apply_table(table, ours=lambda p, o: None)}
+    assert kept["b.jpg"] == (
+        "b.jpg: b.txt exists and is kept: captioner did not write it, or it was edited since"
+    )
     assert set(what(list(apply_table(table, before="x, "))).values()) == {"same", "kept"}
     assert what(list(apply_table(table, before="x, ", existing="overwrite")))["b.jpg"] == "written"
     assert text(folder, "b.txt") == "x, a cat\n"
@@ -193,6 +218,120 @@ def test_a_table_is_edited_and_applied_again(folder: Path) -> None:
     }
 
 
+THREE = clip("clip.mp4", "a man walks", "a man sits", "a man sleeps")
+
+
+def noted(found: dict[str, Any], **options: Any) -> dict[tuple[str, str], str]:
+    """Write a record's sidecar as a run does, and return what its journal notes."""
+    plan = Sidecars(**options).plan(found["path"], found)
+    plan.write()
+    return {(found["path"], "sidecar"): plan.digest}
+
+
+@pytest.mark.parametrize("columns", [("path", "caption"), ("path", "caption", "words"), ("caption", "path")])
+def test_segments_without_times_shorten_nothing(
+    columns: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = noted(THREE)
+    table = cut(edit(make(Path("t.csv"), [RECORDS[0], THREE]), rename), *columns)
+    reason = (
+        "clip.mp4: it has 3 rows, not all of them with a start, so nothing was changed: "
+        "keep the columns start and end, or give it one row with the whole caption"
+    )
+    for existing in ("keep", "overwrite", "append"):
+        found = list(apply_table(table, existing=existing, ours=lambda p, o: journal.get((p, o))))
+        assert what(found) == {"a.jpg": "same" if existing != "keep" else "written", "clip.mp4": "error"}
+        assert found[1].reason == reason
+        assert text(folder, "clip.txt") == "a man walks. a man sits. a man sleeps\n"
+    assert run_apply(table) == 1
+    assert f"captioner: {reason}\n" in capsys.readouterr().err
+    # one row is the whole
+    table.write_text("path,caption\nclip.mp4,a man's day\n")
+    assert what(list(apply_table(table, ours=lambda p, o: journal.get((p, o))))) == {"clip.mp4": "written"}
+    assert text(folder, "clip.txt") == "a man's day\n"
+
+
+def test_animations_and_photos_that_stand_twice(folder: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "still.gif")
+    table = Path("t.csv")
+    table.write_text("path,caption\nmoves.gif,a\nmoves.gif,b\nstill.gif,a\nstill.gif,b\n")
+    found = list(apply_table(table))
+    assert [(applied.path, applied.what) for applied in found] == [
+        ("still.gif", "written"),
+        ("still.gif", "error"),
+        ("moves.gif", "error"),
+    ]
+    assert "it has 2 rows" in str(found[2].reason)
+    assert text(folder, "still.txt") == "a\n"
+    assert not (folder / "moves.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("gone", "why"),
+    [
+        (["a man walks"], "clip.txt has more segments than the table"),
+        (["a man sits"], "one row ends at 2.5 s and the next starts at 5 s"),
+        (["a man sleeps"], "clip.txt has more segments than the table"),
+        (["a man walks", "a man sleeps"], "clip.txt has more segments than the table"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"before": "x, ", "after": " y"}, {"existing": "append"}])
+@pytest.mark.parametrize("columns", [("words",), ()])
+def test_segments_without_rows_shorten_nothing(
+    gone: list[str], why: str, columns: tuple[str, ...], options: dict[str, str], folder: Path
+) -> None:
+    """As when a table is filtered for what is doubtful, and saved."""
+    (folder / "clip.txt").write_text("mine. " if options.get("existing") else "")
+    journal = noted(THREE, **options)
+    before = text(folder, "clip.txt")
+    table = cut(make(Path("t.csv"), [THREE]), "path", "caption", "start", "end", *columns)
+    drop(table, *gone)
+    edit(table, lambda row: row.update(caption=row["caption"].replace("man", "dog")))
+    (found,) = apply_table(table, ours=lambda p, o: journal.get((p, o)), **options)
+    assert found.what == "error"
+    assert why in str(found.reason)
+    assert "with an empty caption to leave it out" in str(found.reason)
+    assert text(folder, "clip.txt") == before
+
+
+@pytest.mark.parametrize("options", [{}, {"before": "x. ", "after": ". y"}, {"existing": "append"}])
+@pytest.mark.parametrize("columns", [("words",), ()])
+def test_an_empty_caption_leaves_a_segment_out(
+    columns: tuple[str, ...], options: dict[str, str], folder: Path
+) -> None:
+    mine = "mine. " if options.get("existing") else ""
+    (folder / "clip.txt").write_text(mine)
+    journal = noted(THREE, **options)
+    table = cut(make(Path("t.csv"), [THREE]), "path", "caption", "start", "end", *columns)
+    edit(table, lambda row: row.update(caption=row["caption"].replace("a man sits", "")))
+    for _ in range(2):
+        (found,) = apply_table(
+            table,
+            ours=lambda p, o: journal.get((p, o)),
+            note=lambda p, o, t, d: journal.update({(p, o): d}),
+            **options,
+        )
+        assert found.reason is None
+    whole = "a man walks. a man sleeps"
+    assert text(folder, "clip.txt").rstrip("\n") == (
+        f"{mine}{options.get('before', '')}{whole}{options.get('after', '')}"
+    )
+
+
+def test_a_report_s_row_is_the_whole_of_a_video(folder: Path) -> None:
+    """As the page writes it: one row from beginning to end, with all words."""
+    journal = noted(THREE)
+    words = json.dumps([{"word": word} for word in THREE["caption"].split()])
+    with open("t.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["path", "caption", "start", "end", "words"], ["clip.mp4", "Papa", 0, 7.5, words]]
+        )
+    assert what(list(apply_table("t.csv", ours=lambda p, o: journal.get((p, o))))) == {"clip.mp4": "written"}
+    assert text(folder, "clip.txt") == "Papa\n"
+
+
 def test_words_are_added_to_a_persons_once(folder: Path) -> None:
     (folder / "a.txt").write_text("mychar,\n")
     table = edit(make(Path("t.csv"), RECORDS[:1]), rename)
@@ -244,6 +383,82 @@ def test_what_cannot_be_applied_is_told_row_by_row(folder: Path) -> None:
         ("b.jpg", "kept", "b.jpg: it has no caption in the table, so nothing was changed"),
     ]
     assert not (folder / "b.txt").exists()
+
+
+def test_rows_of_errors_do_not_count(folder: Path) -> None:
+    broken = clip("clip.mp4", "a man walks") | {"error": "clip.mp4: truncated"}
+    failed = record("a.jpg", "", error="a.jpg: truncated")
+    for records in ([broken, failed, RECORDS[0]], [RECORDS[0], failed, broken]):
+        table = make(Path("t.csv"), records)
+        assert what(list(apply_table(table, existing="overwrite"))).keys() == {"a.jpg", "clip.mp4"}
+        assert text(folder, "clip.txt") == "a man walks\n"
+        assert text(folder, "a.txt") == "a dog\n"
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_case_and_spaces_of_columns_do_not_count(name: str, folder: Path) -> None:
+    table = make(Path(name), RECORDS)
+    if name == "t.csv":
+        head, body = table.read_text().split("\n", 1)
+        table.write_text(f"{head.replace(',', ' , ').title()}\n{body}")
+        assert "Caption ," in table.read_text()
+    else:
+        records = [json.loads(line) for line in table.read_text().splitlines()]
+        for found in records:
+            for segment in found.get("segments", []):
+                rename(segment)
+            if "segments" in found:
+                parts = [{key.upper(): part[key] for key in part} for part in found["segments"]]
+                found["segments"] = parts
+        rows = [{key.capitalize(): value for key, value in found.items()} for found in records]
+        table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for found in RECORDS:
+        noted(found)  # what the words in the table tell to be captioner's
+    names = {"a dog": "Rex, our dog", "a man sits": "Papa sitzt"}
+    edit(table, lambda row: row.update({key: names.get(str(row[key]), row[key]) for key in row}))
+    found = what(list(apply_table(table, column="CAPTION")))
+    assert found == {"a.jpg": "written", "b.jpg": "same", "clip.mp4": "written", "c.jpg": "same"}
+    assert text(folder, "a.txt") == "Rex, our dog\n"
+    assert text(folder, "clip.txt") == "a man walks. Papa sitzt\n"
+
+
+def test_columns_that_differ_in_case_only(folder: Path) -> None:
+    table = Path("t.csv")
+    for names, said in (
+        ("path,caption,Caption", "'caption' and 'Caption'"),
+        ("path,Path ,caption", "'path' and"),
+    ):
+        table.write_text(f"{names}\na.jpg,b.jpg,c\n")
+        with pytest.raises(ApplyError, match=rf"t\.csv: the columns {said}.* differ in case or spaces only"):
+            apply_table(table)
+
+
+def test_tables_of_other_programs(folder: Path) -> None:
+    table = Path("t.csv")
+    for n, content in enumerate(
+        (
+            b"path\tcaption\na.jpg\t0, with; all\n",
+            b"sep=;\r\npath;caption\r\na.jpg;1, with; all\r\n".replace(b"1, with; all", b'"1, with; all"'),
+            b'path,caption\ra.jpg,"2, with; all"\r',
+        )
+    ):
+        table.write_bytes(content)
+        assert what(list(apply_table(table, existing="overwrite"))) == {"a.jpg": "written"}
+        assert text(folder, "a.txt") == f"{n}, with; all\n"
+
+
+@pytest.mark.parametrize("to", ["sidecars", "alt-text"])
+def test_a_wrong_row_is_told_before_anything_is_written(to: str, folder: Path) -> None:
+    """It may be a segment of a video, which would be shorter without."""
+    if to == "alt-text":
+        pytest.importorskip("exiv2")
+    before = (folder / "a.jpg").read_bytes()
+    table = Path("t.csv")
+    table.write_text("path,caption\na.jpg,a dog\nb.jpg,a cat, or two\nc.jpg,a cow\n")
+    with pytest.raises(TableError, match=r"t\.csv: row 2 \(line 3\): 3 fields, but the first line has 2"):
+        apply_table(table, to=to)
+    assert not list(folder.glob("*.txt"))
+    assert (folder / "a.jpg").read_bytes() == before
 
 
 def test_clashes_are_refused_before_anything_is_written(folder: Path) -> None:
@@ -300,12 +515,22 @@ def test_the_command_tells_what_became_of_the_files(folder: Path, capsys: pytest
     (folder / "b.txt").write_text("mine")
     table = make(Path("t.csv"), [*RECORDS, *(record(f"gone{n}.jpg", "a dog") for n in range(30))])
     assert run_apply(table, sidecars=True) == 1
-    *lines, more, last = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("captioner: b.jpg: b.txt exists and is kept")
+    *lines, more, last, hint = capsys.readouterr().err.splitlines()
+    assert lines[0] == "captioner: b.jpg: b.txt exists and is kept: nothing tells that captioner wrote it"
     assert lines[1] == "captioner: gone0.jpg: there is no such file"
     assert len(lines) == 21
     assert more == "captioner: and 10 more not found"
     assert last == "captioner: sidecars: 3 written, 1 kept, 30 not found"
+    assert hint == f"captioner: {HINT}"
+    table = make(Path("t.csv"), RECORDS)
+    assert run_apply(table, ours=lambda path, output: None) == 0  # with a journal, which says the truth
+    assert capsys.readouterr().err.splitlines() == [
+        "captioner: b.jpg: b.txt exists and is kept: captioner did not write it, or it was edited since",
+        "captioner: sidecars: 0 written, 3 as they were, 1 kept",
+    ]
+    make(Path("t.csv"), [record("a.jpg", ""), RECORDS[0] | {"path": "s3://b/a.jpg"}])
+    assert run_apply(table) == 0
+    assert "--journal" not in capsys.readouterr().err  # it would not help
 
 
 def test_a_full_disk_stops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +559,7 @@ def test_alt_text_is_applied(folder: Path, capsys: pytest.CaptureFixture[str]) -
         "captioner: b.jpg: it has an alt text that is kept",
         "captioner: clip.mp4: there is no alt text: videos have no place for it",
         "captioner: alt-text: 2 written, 2 kept",
+        f"captioner: {HINT}",
     ]
     with pytest.raises(ApplyError, match="never replaced"):
         apply_table(table, to="alt-text", existing="overwrite")

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import queue
+import re
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,7 @@ import pytest
 from PIL import Image
 
 from captioner.batch import archives, remote, sources
+from captioner.batch.rows import RowError, read_rows
 from captioner.batch.sources import (
     Held,
     Member,
@@ -594,25 +596,26 @@ def test_what_captioner_wrote_can_be_read(here: Path) -> None:
     [
         ("t.csv", b"", "the table is empty; its first line must name the columns"),
         ("t.csv", b"\xef\xbb\xbf", "the table is empty"),
-        ("t.csv", b"path,a\nx.jpg\n", r"line 2: 1 fields, but the first line has 2"),
-        ("t.csv", b"path,a\n1,2\n\nx,y,z\n", r"line 4: 3 fields, but the first line has 2"),
+        ("t.csv", b"path,a\nx.jpg\n", r"row 1 \(line 2\): 1 fields, but the first line has 2"),
+        ("t.csv", b"path,a\n1,2\n\nx,y,z\n", r"row 2 \(line 4\): 3 fields, but the first line has 2"),
         ("t.csv", b'path,a\n"x.jpg,2\n3,4\n', "a quoted field does not end"),
-        ("t.csv", b'path,a\n"x"y,2\n', r"line 2: .*expected after"),
+        ("t.csv", b'path,a\n"x"y,2\n', r"line 2\): .*expected after"),
         ("t.csv", b"path\ncaf\xe9.jpg\n", r"line 2 is not UTF-8 \(byte 0xe9 at 4\); save it as UTF-8"),
         ("t.csv", "path\na.jpg\n".encode("utf-16"), "this is UTF-16; save it as UTF-8"),
         ("t.csv", b"path,path\n1,2\n", "two columns are called path"),
-        ("t.csv", b"path\ra.jpg\rb.jpg\r", "new-line character"),
-        ("t.tsv", b"path\ta\nx\n", "line 2: 1 fields"),
+        ("t.csv", b"sep=;\npath;a\nx\n", r"row 1 \(line 3\): 1 fields"),
+        ("t.csv", b"path,a\rx,1\ry\r", r"row 2 \(line 3\): 1 fields"),
+        ("t.tsv", b"path\ta\nx\n", r"line 2\): 1 fields"),
         (
             "t.jsonl",
             b'{"path": "a.jpg"}\n[1, 2]\n',
-            r"line 2 holds a list; each line must be an object, \{...\}",
+            r"row 2 \(line 2\) holds a list; each line must be an object, \{...\}",
         ),
-        ("t.jsonl", b'"a.jpg"\n', "line 1 holds a str"),
-        ("t.jsonl", b'{"path": "a.jpg"}\n{"path": \n', "line 2 is not JSON"),
+        ("t.jsonl", b'"a.jpg"\n', r"line 1\) holds a str"),
+        ("t.jsonl", b'{"path": "a.jpg"}\n{"path": \n', r"line 2\) is not JSON"),
         ("t.jsonl", b'{"path": "caf\xe9"}\n', "line 1 is not UTF-8"),
-        ("t.jsonl", b"[" * 200_000 + b"\n", "line 1 (is nested too deeply|is not JSON)"),
-        ("t.jsonl", b'{"path": ' + b"1" * 9000 + b"}\n", "line 1 is not JSON"),
+        ("t.jsonl", b"[" * 200_000 + b"\n", r"line 1\) (is nested too deeply|is not JSON)"),
+        ("t.jsonl", b'{"path": ' + b"1" * 9000 + b"}\n", r"line 1\) is not JSON"),
         ("t.parquet", b"", "the Parquet file is damaged"),
         ("t.parquet", b"PAR1" + b"\0" * 99 + b"PAR1", "the Parquet file is damaged"),
         ("t.parquet", b"path\na.jpg\n", "the Parquet file is damaged"),
@@ -638,7 +641,7 @@ def test_what_was_good_before_the_damage_counts(here: Path) -> None:
     touch("a.jpg", "b.jpg")
     Path("t.csv").write_bytes(b"path,n\na.jpg,1\nb.jpg,2\nc.jpg\n")
     Path("t.jsonl").write_bytes(b'{"path": "a.jpg"}\n{"path": 5}\n{"path": null}\n{"path": ["x"]}\n{}\nx\n')
-    assert [one.path for one in find("t.csv")] == ["a.jpg", "b.jpg", "t.csv"]
+    assert [one.path for one in find("t.csv")] == ["a.jpg", "b.jpg", "t.csv:3"]
     found = find("t.jsonl")
     assert [one.path for one in found] == [
         "a.jpg",
@@ -646,7 +649,7 @@ def test_what_was_good_before_the_damage_counts(here: Path) -> None:
         "t.jsonl:3",
         "t.jsonl:4",
         "t.jsonl:5",
-        "t.jsonl",
+        "t.jsonl:6",
     ]
     assert found[1].reason == "t.jsonl: row 2: path holds no path"
     assert found[4].reason == "t.jsonl: row 5: path is empty"
@@ -655,6 +658,57 @@ def test_what_was_good_before_the_damage_counts(here: Path) -> None:
     os.mkdir("folder.csv")
     with pytest.raises(TableError, match="this is a folder"):
         list(read_table("folder.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wrong"),
+    [
+        ("t.csv", b"path,n\na.jpg,1\nx.jpg,2,3\nb.jpg,4\n\nc.jpg,5\n", r"row 2 \(line 3\): 3 fields, but"),
+        ("t.csv", b'path,n\na.jpg,1\n"x"y,2\n"b.jpg",4\nc.jpg,5\n', r"row 2 \(line 3\): .* expected after"),
+        ("t.csv", b'path,n\n"a.jpg","1\n2"\nx\nb.jpg,4\nc.jpg,5', r"row 2 \(line 4\): 1 fields, but"),
+        ("t.tsv", b"path\tn\na.jpg\t1\nx\nb.jpg\t4\nc.jpg\t5", r"row 2 \(line 3\): 1 fields, but"),
+        (
+            "t.jsonl",
+            b'\n{"path": "a.jpg"}\n{"path": "x.jpg"\n{"path": "b.jpg"}\n{"path": "c.jpg"}',
+            r"row 2 \(line 3\) is not JSON \(.* at character 17\); correct it$",
+        ),
+        (
+            "t.ndjson",
+            b'{"path": "a.jpg"}\n["x.jpg"]\n{"path": "b.jpg"}\n{"path": "c.jpg"}',
+            r"row 2 \(line 2\) holds a list",
+        ),
+    ],
+)
+def test_a_wrong_row_does_not_end_a_table(name: str, content: bytes, wrong: str, here: Path) -> None:
+    touch("a.jpg", "b.jpg", "c.jpg")
+    Path(name).write_bytes(content)
+    first, second, *rest = find(name)
+    assert [one.path for one in (first, *rest)] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert isinstance(second, Missing)
+    assert second.path == f"{name}:2"
+    assert re.match(rf"{re.escape(name)}: {wrong}", second.reason)
+    with pytest.raises(RowError, match=wrong) as caught:
+        list(read_table(name))
+    assert caught.value.row == 2
+    assert [type(row) for row in read_rows(name)] == [dict, RowError, dict, dict]
+
+
+def test_the_first_row_may_be_wrong(here: Path) -> None:
+    touch("a.jpg")
+    Path("t.jsonl").write_text('{"path"\n{"path": "a.jpg"}\n5\n')
+    assert [one.path for one in find("t.jsonl")] == ["t.jsonl:1", "a.jpg", "t.jsonl:3"]
+    assert table_columns("t.jsonl") == ["path"]
+    Path("t.jsonl").write_text("These are\nno rows\n")
+    assert "row 1 (line 1) is not JSON" in reason("t.jsonl")
+
+
+@pytest.mark.parametrize(
+    "end", [b'b.jpg,"2\nc.jpg,3\n', b"caf\xe9.jpg,2\nc.jpg,3\n"], ids=["open quote", "not UTF-8"]
+)
+def test_what_cannot_be_gone_on_from_ends_a_table(end: bytes, here: Path) -> None:
+    touch("a.jpg", "c.jpg")
+    Path("t.csv").write_bytes(b"path,n\na.jpg,1\n" + end)
+    assert [one.path for one in find("t.csv")] == ["a.jpg", "t.csv"]
 
 
 def test_truncated_parquet(here: Path) -> None:
@@ -679,6 +733,56 @@ def test_csv_with_semicolons_and_unending_fields(here: Path, monkeypatch: pytest
     Path("t.csv").write_text("path\n" + "x" * 2**17)
     with pytest.raises(TableError, match=r"t\.csv: line 2 is longer than"):
         list(read_table("t.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "path\tcaption, say\na.jpg\tx; y, z\n"),
+        ("t.csv", "id\tnote\tPath \n1\tx;y,z\ta.jpg\n"),
+        ("t.csv", 'sep=;\npath;a,b\n"a.jpg";1,2\n'),
+        ("t.csv", '"sep=,"\r\nx;path,path\r\n1,a.jpg\r\n'),
+        ("t.csv", "SEP=\t\npath\tb\na.jpg\t1,2\n"),
+        ("t.csv", "sep=|\npath|b\na.jpg|1,2\n"),
+        ("t.csv", '"path";"caption, say"\n"a.jpg";"x"\n'),
+        ("t.csv", "notes; more; stuff,path\nx,a.jpg\n"),
+        ("t.tsv", "path;caption\na.jpg;x\n"),
+        ("t.csv", "path\ra.jpg\r"),
+        ("t.csv", 'caption,path\r"two\rlines",a.jpg'),
+        ("t.csv", "sep=;\rpath;b\ra.jpg;1\r"),
+        ("t.csv", "\r\n\r\npath\r\na.jpg\r\n"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_habits_of_spreadsheets(name: str, text: str, mark: str, here: Path) -> None:
+    touch("a.jpg")
+    Path(name).write_text(mark + text, encoding="utf-8", newline="")
+    assert paths(name) == ["a.jpg"]
+    assert len(list(read_table(name))) == 1
+
+
+def test_values_of_odd_csv(here: Path) -> None:
+    Path("t.csv").write_bytes(b'sep=;\r\npath;caption\r\na.jpg;"x; y"\r\nb.jpg;z, 1\r\n')
+    assert list(read_table("t.csv")) == [
+        {"path": "a.jpg", "caption": "x; y"},
+        {"path": "b.jpg", "caption": "z, 1"},
+    ]
+    Path("t.csv").write_bytes(b'path,caption\ra.jpg,"two\rlines"\r\rb.jpg,z')
+    assert list(read_table("t.csv")) == [
+        {"path": "a.jpg", "caption": "two\rlines"},
+        {"path": "b.jpg", "caption": "z"},
+    ]
+    Path("t.csv").write_bytes(b'path,caption\n"a\r.jpg",z\n')  # as captioner writes such a name
+    assert list(read_table("t.csv")) == [{"path": "a\r.jpg", "caption": "z"}]
+    Path("t.csv").write_bytes(b"a;b,c\n1;2,3\n")  # no column tells: commas are the rule
+    assert list(read_table("t.csv")) == [{"a;b": "1;2", "c": "3"}]
+
+
+def test_the_column_that_is_asked_for_in_another_case(here: Path) -> None:
+    touch("a.jpg", "b.jpg")
+    Path("t.csv").write_text("My Photo ,my photo\na.jpg,b.jpg\n")
+    assert paths("t.csv", column="MY PHOTO") == ["a.jpg"]
+    assert paths("t.csv", column="my photo") == ["b.jpg"]
 
 
 def test_large_tables_take_no_memory(here: Path) -> None:
@@ -1237,6 +1341,29 @@ def test_web_tables_and_archives(site: str, here: Path) -> None:
         pack(f"site/{name}", PHOTOS, mode)
         assert [one.read() for one in find(f"{site}/{name}")] == [b"one", b"two" * 9999, b""]
     assert len(find(f"{site}/{{s,s}}.tar")) == 3
+
+
+def test_nobody_reads_on_behind_the_end(site: str, here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Aiohttp would log the stack."""
+    for name, mode in ARCHIVES:
+        pack(f"site/{name}", PHOTOS, mode)
+        assert len(find(f"{site}/{name}")) == 3
+    Path("site/cut.tgz").write_bytes(gzip.compress(b"no archive" * 9999)[:-20])
+    find(f"{site}/cut.tgz")
+    assert caplog.records == []
+    stream = remote.Counted(ends := Ends())
+    assert (stream.read(9), stream.read(9), stream.read(9), stream.read()) == (b"x", b"", b"", b"")
+    assert ends.asked == 2
+
+
+class Ends(io.RawIOBase):
+    """One byte; counts how often it is asked for more."""
+
+    asked = 0
+
+    def read(self, size: int = -1) -> bytes:
+        self.asked += 1
+        return b"x" if self.asked == 1 else b""
 
 
 def test_web_trouble(site: str, here: Path) -> None:
