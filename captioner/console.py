@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import typer
@@ -26,9 +29,49 @@ UNREAD = 141
 """Exit code when whoever read our output has gone (head, say), as after SIGPIPE."""
 
 
+class Closed(io.TextIOBase):
+    """Stands for a standard output that is closed, so that whoever writes to it learns of it."""
+
+    def write(self, text: str) -> int:  # noqa: D102
+        raise OSError(errno.EBADF, "it is closed")
+
+
+def open_closed_streams() -> None:
+    """Give the process standard streams in place of those that are closed.
+
+    What is opened next would otherwise get their numbers, and all that libraries write to them.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stderr is None:  # what is printed to None lands in stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = Closed()
+
+
+def need_output() -> None:
+    """Refuse to begin what would be printed to a standard output that is closed."""
+    if isinstance(sys.stdout, Closed):
+        fail("standard output is closed")
+
+
+def do_without_output() -> None:
+    """Let a command that prints nothing begin although standard output is closed."""
+    if isinstance(sys.stdout, Closed):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def say(message: object) -> None:
-    """Print a message as one line on stderr."""
-    print(f"captioner: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    """Print a message as one line on stderr; if that takes nothing (it is full, or gone), nothing is said."""
+    try:
+        print(f"captioner: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    except OSError:
+        # nor is it tried again when Python ends, whose exit code it would change
+        with suppress(OSError):
+            number = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(number, sys.stderr.fileno())
+            os.close(number)
 
 
 def fail(message: object) -> NoReturn:

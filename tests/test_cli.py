@@ -21,7 +21,7 @@ from conftest import make_header
 from lively import make_calibration, make_lively_model, pictures
 from PIL import Image
 
-from captioner import Captioner, __version__, checkpoint
+from captioner import Captioner, __version__, checkpoint, cli
 from captioner.batch.tables import unguard
 
 
@@ -290,6 +290,13 @@ def test_bad_files_get_a_line_each(run: Run, model: Path) -> None:
         (["a.png", "--json", "--csv"], "choose one of --json, --jsonl and --csv"),
         (["a.png", "--attention"], "--attention needs --json or --jsonl"),
         (["a.png", "--overlay-format", "svg"], "--overlay-format needs --overlay"),
+        (["a.png", "--existing", "append"], "--existing needs --sidecars, or in a batch --srt or --vtt"),
+        (["a.png", "--srt", "beside", "--existing", "overwrite"], "--existing needs --sidecars"),
+        (["a.png", "-o", "o.csv", "--existing", "overwrite"], "--existing needs --sidecars"),
+        (
+            ["a.png", "-o", "o.csv", "--vtt", "beside", "--existing", "append"],
+            "--existing append needs --sidecars; subtitles are kept or overwritten",
+        ),
         (["a.png", "--overlay", "a.png"], "--overlay a.png: this is a file; give a folder"),
         (["a.png", "--overlay", "a.png/below"], "--overlay a.png/below: the folder cannot be made"),
         (["a.png", "--model", "gone.safetensors"], "gone.safetensors: no such checkpoint"),
@@ -482,6 +489,56 @@ def test_closed_outputs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = run("caption", "a.png")
     assert outcome.code == 2
     assert outcome.complaints == ["standard output is closed"]
+    assert run("info").complaints == ["standard output is closed"]
+    assert run("--version").complaints == ["standard output: it is closed"]
+
+
+def with_streams(streams: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+    """Run ``captioner ARGUMENTS`` with standard streams as a shell makes them."""
+    root = str(Path(cli.__file__).parents[1])
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, "-m", "captioner", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such shell")
+def test_a_batch_needs_no_outputs(run: Run, model: Path) -> None:
+    Path("p").mkdir()
+    save("p/a.png")
+    Path("p/bad.jpg").write_text("no picture")
+    command = ("caption", "p", "-o", "o.jsonl", "-m", model)
+    done = with_streams("<&- >&- 2>&-", *command)  # what is opened gets their numbers, and all that is said
+    assert done.returncode == 0
+    assert len(Path("o.jsonl").read_text().splitlines()) == 2
+    assert sorted(os.listdir()) == ["o.errors.jsonl", "o.jsonl", "o.jsonl.journal", "p"]
+    files = {name: Path(name).read_bytes() for name in ("o.errors.jsonl", "o.jsonl")}
+    assert not any(b"captioner: " in data for data in files.values())
+    Path("p/bad.jpg").unlink()  # it would be tried again, which takes long
+    streams = [">&-", "2>&-", "<&-", ">/dev/full", "2<o.jsonl"]  # the last: open, and not to be written to
+    for one in [*streams, *(["2>/dev/full"] if sys.platform == "linux" else [])]:
+        done = with_streams(one, *command)
+        assert done.returncode == 0, one
+        assert done.stdout == b""
+        said = b"" if one.startswith("2") else b"captioner: "
+        assert done.stderr.startswith(said)
+        assert bool(done.stderr) is bool(said)
+    assert files == {name: Path(name).read_bytes() for name in files}
+    assert with_streams("2>/dev/full", "caption", "gone", "-o", "o.jsonl").returncode == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such shell")
+def test_what_prints_is_refused_at_once(run: Run) -> None:
+    save("a.png")
+    commands = ("caption a.png", "info", "prepare . -o out", "--version", "--help", "caption --help")
+    for arguments in map(str.split, commands):
+        done = with_streams(">&-", *arguments)
+        assert done.returncode == 2
+        (line,) = done.stderr.decode().splitlines()
+        assert line.startswith("captioner: standard output")
+        assert line.endswith("is closed")
 
 
 # --------------------------------------------------------------------------------------------------

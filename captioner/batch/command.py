@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from captioner import identity
 from captioner.batch.engines import Seeds, devices_engine, identity_of, local_engine, look_closely, ray_engine
 from captioner.batch.journal import Journal
-from captioner.batch.run import Beside, Counts, Engine, Run, Stopped, errors_of, is_list_of, journal_of
+from captioner.batch.run import Beside, Engine, Run, Stopped, errors_of, is_list_of, journal_of
 from captioner.batch.sources import Missing, Source, find_sources
 from captioner.batch.tables import TableFormatError, check_output, image_id, to_json
-from captioner.batch.watch import WatchError
+from captioner.batch.watch import WatchError, is_settled
 from captioner.console import FAILED, INTERRUPTED, STOPPED, TERMINATED, UNUSABLE, fail, say
 from captioner.files import open_atomically, remove_leftovers
 from captioner.inputs import printable
@@ -163,18 +163,24 @@ def run_batch(batch: Batch) -> int:
         if code:
             return code
         if batch.watch:  # which only a signal ends
-            return TERMINATED if signal.SIGTERM in signalled else _code(batch, run.counts)
+            return TERMINATED if signal.SIGTERM in signalled else _code(batch, run)
         if run.stopping:
             say("interrupted; the same command goes on where it was")
             return TERMINATED if signal.SIGTERM in signalled else INTERRUPTED
-        return _code(batch, run.counts)
+        return _code(batch, run)
 
 
-def _code(batch: Batch, counts: Counts) -> int:
-    failures = counts.failed + len(counts.missing)
+def _failures(batch: Batch, run: Run) -> int:
+    """Count what could not be captioned; of a watched folder what stands at the end."""
+    counts = run.counts
+    return sum(1 for _ in run.failures()) if batch.watch else counts.failed + len(counts.missing)
+
+
+def _code(batch: Batch, run: Run) -> int:
+    counts, failures = run.counts, _failures(batch, run)
     if failures and not counts.captioned + counts.skipped:
         return UNUSABLE
-    if not counts.seen:
+    if not counts.seen and not batch.watch:
         fail("there was nothing to caption")
     return FAILED if failures and batch.strict else 0
 
@@ -269,6 +275,7 @@ def _caption(
 ) -> None:
     from captioner.outputs import Progress
 
+    starts_watching = batch.watch and load is None
     load = load or (lambda: _load(batch))
 
     with Progress(None if found is None else len(found), dict(batch.clips)) as progress:
@@ -288,9 +295,22 @@ def _caption(
         listed = batch.find() if found is None else iter(found)
         if "-" in batch.paths:
             listed = _until(lambda: run.stopping, listed)
+        if starts_watching:
+            listed = (item for item in listed if not _is_arriving(item, run))
         records = run.run(listed, lambda: _make_engine(batch, run, progress, load))
         for _ in records:
             pass
+
+
+def _is_arriving(item: Source | Missing, run: Run) -> bool:
+    """Tell whether the first look into a watched folder leaves this to the watching.
+
+    A file that is still being copied; not one that is done, beside which something may be missing; and that
+    a folder is empty.
+    """
+    if isinstance(item, Missing):
+        return os.path.isdir(item.path) and os.access(item.path, os.R_OK | os.X_OK)
+    return not run.knows(item.path) and not is_settled(item.path)
 
 
 def _until(stopping: Callable[[], bool], items: Iterator[Any]) -> Iterator[Any]:
@@ -406,7 +426,8 @@ def _watch(batch: Batch, run: Run) -> None:
     for paths in watch(
         batch.paths, batch.recursive, ignore=run.knows, force_polling=batch.poll, stop=run.stop
     ):
-        _caption(batch, run, list(find_sources(paths)), load)
+        # what has gone in the meantime is no error
+        _caption(batch, run, [item for item in find_sources(paths) if isinstance(item, Source)], load)
         run.settle()
 
 
@@ -471,7 +492,7 @@ def _summarise(batch: Batch, run: Run) -> None:
         parts.append(f"{_files(counts.skipped)} done before")
     if counts.looked:
         parts.append(f"{_files(counts.looked)} looked at once more for --report")
-    failures = counts.failed + len(counts.missing)
+    failures = _failures(batch, run)
     if failures:
         parts.append(f"{_files(failures)} could not be: see {batch.errors}")
     say("; ".join(parts))

@@ -250,6 +250,7 @@ class Counted(io.RawIOBase):
         self._stream = stream
         self._errors = functools.partial(_errors, url) if url else contextlib.nullcontext
         self._seekable = not (url and is_http(url)) and stream.seekable()
+        self._ended = False
 
     def readable(self) -> bool:  # noqa: D102
         return True
@@ -258,15 +259,19 @@ class Counted(io.RawIOBase):
         return bool(self._seekable)
 
     def readinto(self, buffer: Any) -> int:  # noqa: D102
+        if self._ended:  # aiohttp takes those who ask again and again for lost, and logs their stacks
+            return 0
         with self._errors():
             data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         self.count += len(data)
+        self._ended = not data and len(buffer) > 0
         return len(data)
 
     def seek(self, position: int, whence: int = 0) -> int:  # noqa: D102
         if not self._seekable:
             raise io.UnsupportedOperation("seek")
+        self._ended = False
         with self._errors():
             return int(self._stream.seek(position, whence))
 

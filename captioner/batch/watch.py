@@ -21,6 +21,8 @@ from typing import BinaryIO
 from captioner.batch.sources import LISTED
 from captioner.inputs import ImageError, iter_images
 
+SETTLE_SECONDS = 2.0
+"""How long a file has to stay the same."""
 RELIST_SECONDS = 300.0
 """How often folders are listed again although the system reports changes."""
 POLL_SECONDS = 2.0
@@ -37,7 +39,7 @@ def watch(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     recursive: bool = False,
     *,
-    settle: float = 2.0,
+    settle: float = SETTLE_SECONDS,
     ignore: Callable[[str], bool] | None = None,
     force_polling: bool = False,
     stop: Event | None = None,
@@ -270,6 +272,18 @@ def _identity(folder: str) -> tuple[int, int] | None:
 
 # --------------------------------------------------------------------------------------------------
 # whether a file is complete
+
+
+def is_settled(path: str, settle: float = SETTLE_SECONDS) -> bool:
+    """Tell whether `watch` would give a file out at once if it had seen it all the time.
+
+    Nobody has modified it for ``settle`` seconds and, in formats that tell, its end is there.
+    """
+    try:
+        modified = os.stat(path).st_mtime
+    except OSError:
+        return False
+    return time.time() - modified >= settle and has_end(path)
 
 
 def has_end(path: str) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import pytest
+from cli_runs import launch, save_lively
 from gradio.media import get_image, get_video
 from PIL import Image
 
-from captioner.batch.watch import WatchError, has_end, watch
+from captioner.batch.watch import WatchError, has_end, is_settled, watch
 
 SETTLE = 0.2
 
@@ -287,3 +290,112 @@ def test_more_behind_the_end_of_a_jpeg(tmp_path: Path, photo: bytes) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(photo + bytes(200_000))
     assert has_end(str(path))
+
+
+def test_what_has_settled(tmp_path: Path, photo: bytes) -> None:
+    path = tmp_path / "a.jpg"
+    assert not is_settled(str(path))
+    path.write_bytes(photo)
+    assert not is_settled(str(path))
+    assert is_settled(str(path), 0)
+    os.utime(path, (time.time() - 3, time.time() - 3))
+    assert is_settled(str(path))
+    path.write_bytes(photo[:-100])
+    os.utime(path, (0, 0))
+    assert not is_settled(str(path))
+
+
+class Watching:
+    """Runs ``captioner caption w -o o.jsonl --watch`` in a process of its own."""
+
+    def __init__(self, place: Path, *options: object) -> None:
+        model = save_lively(place / "lively.safetensors")
+        command = ("caption", "w", "-o", "o.jsonl", "--watch", "--poll", "-m", model, *options)
+        self.process = launch(*command, cwd=place)
+        self.table = place / "o.jsonl"
+        self.lines: list[str] = []
+        assert self.process.stderr is not None
+        self.said = iter(self.process.stderr.readline, b"")
+
+    def wait_for(self, line: str) -> None:
+        """Read what it says up to a line that begins so."""
+        for said in self.said:
+            self.lines.append(said.decode().removeprefix("captioner: "))
+            if self.lines[-1].startswith(line):
+                return
+        pytest.fail(f"{line}: {self.lines}")
+
+    def records(self, count: int) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if self.table.exists() and len(lines := self.table.read_text().splitlines()) == count:
+                return [json.loads(line) for line in lines]
+            time.sleep(0.1)
+        pytest.fail(f"{count} records did not come")
+
+    def end(self) -> int:
+        """Stop it; return its exit code."""
+        self.process.send_signal(signal.SIGINT)
+        self.lines += [said.decode().removeprefix("captioner: ") for said in self.said]
+        return self.process.wait(60)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
+def test_half_a_copy_that_is_there_at_the_start(tmp_path: Path, photo: bytes) -> None:
+    place = tmp_path / "w"
+    place.mkdir()
+    for name, data in (("old.jpg", photo), ("half.jpg", photo[:2000])):
+        (place / name).write_bytes(data)
+        os.utime(place / name, (1e9, 1e9))
+    (place / "new.jpg").write_bytes(photo)
+    for name in ("text.jpg", "never.jpg"):
+        (place / name).write_text("no picture")
+        os.utime(place / name, (1e9, 1e9))
+    watching = Watching(tmp_path)
+    try:
+        watching.wait_for("watching w")
+        found = {os.path.basename(record["path"]) for record in watching.records(3)}
+        assert found == {"old.jpg", "text.jpg", "never.jpg"}
+        (place / "half.jpg").write_bytes(photo)
+        (place / "text.jpg").write_bytes(photo)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            failed = [record["path"] for record in watching.records(5) if record["error"]]
+            if len(failed) == 1:
+                break
+            time.sleep(0.1)
+        assert failed == [os.path.join("w", "never.jpg")]
+        assert watching.end() == 0
+    finally:
+        watching.process.kill()
+    assert [line for line in watching.lines if "half" in line or "truncated" in line] == []
+    # what could be captioned in the end is told of as it comes, not as something that failed
+    assert len([line for line in watching.lines if "text.jpg: " in line]) == 1
+    assert "captioned 4 files; 1 file could not be: see o.errors.jsonl\n" in watching.lines
+    assert len((tmp_path / "o.errors.jsonl").read_text().splitlines()) == 1
+
+    # beside what is done, however new, the rest is written at the start
+    (place / "never.jpg").unlink()
+    watching = Watching(tmp_path, "--sidecars")
+    try:
+        watching.wait_for("watching w")
+        names = sorted(path.name for path in place.glob("*.txt"))
+        assert names == ["half.txt", "new.txt", "old.txt", "text.txt"]
+        watching.end()
+    finally:
+        watching.process.kill()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
+def test_a_folder_that_is_empty_at_first(tmp_path: Path, photo: bytes) -> None:
+    (tmp_path / "w").mkdir()
+    watching = Watching(tmp_path, "--strict")
+    try:
+        watching.wait_for("watching w")
+        (tmp_path / "w" / "a.jpg").write_bytes(photo)
+        watching.records(1)
+        assert watching.end() == 0
+    finally:
+        watching.process.kill()
+    assert watching.lines[0] == "watching w; Ctrl-C ends it\n"
+    assert watching.lines[-1] == "captioned 1 file\n"
