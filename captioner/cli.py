@@ -144,7 +144,7 @@ def main() -> NoReturn:
         if not code:
             say(f"standard output: {error.strerror or error}")
             code = UNUSABLE
-    if code in (INTERRUPTED, TERMINATED, STOPPED, UNREAD):
+    if code in (INTERRUPTED, TERMINATED, UNREAD) or (code == STOPPED and "-" in sys.argv):
         os._exit(int(code))  # threads may be at work for seconds on what nobody wants any more
     sys.exit(code)  # type: ignore[arg-type]
 
@@ -342,10 +342,12 @@ def caption(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(
-            help="With --sample: the n-th file, from 0, gets seed + n; in a batch a file's seed depends on its path.",
+        int,
+        typer.Option(
+            help="With --sample: the n-th file, from 0, gets seed + n; in a batch a file's seed depends on "
+            "its path.",
             metavar="N",
-        )
+        ),
     ] = 0,
     batch_size: Annotated[
         int,

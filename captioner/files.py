@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 _RANDOM = re.compile(r"[a-z0-9_]{8}\.tmp")
 """What `tempfile.mkstemp` puts between our prefix and suffix, and the suffix."""
 
@@ -24,7 +27,7 @@ def write_atomically(path: Path, data: bytes, *, like: Path | None = None, keep_
         path: of the file.
         data: its complete new content.
         like: a file whose permissions and extended attributes the new one gets, and its owner where that is
-            allowed; None for a file that everybody may read.
+            allowed; None for the permissions of any new file.
         keep_time: also give it that file's modified time.
 
     Raises:
@@ -55,8 +58,7 @@ def open_atomically(path: Path, *, like: Path | None = None, keep_time: bool = F
         OSError: if it cannot be written, with the name of the file meant; nothing is left behind then, as
             when the body raises.
     """
-    if path.is_symlink():  # which stays, and what it leads to is written
-        path = Path(os.path.realpath(path))
+    path = _followed(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=".tmp")
     except OSError as error:
@@ -67,7 +69,7 @@ def open_atomically(path: Path, *, like: Path | None = None, keep_time: bool = F
             file.flush()
             os.fsync(file.fileno())
         if like is None:
-            os.chmod(temporary, 0o644)  # mkstemp makes private files
+            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes private files
         else:
             found = os.stat(like)
             with suppress(OSError, AttributeError):  # only the administrator gives files away; not on Windows
@@ -90,7 +92,7 @@ def remove_leftovers(*paths: Path) -> None:
     Each folder is listed once, so give many files at a time.
     """
     folders: dict[Path, set[str]] = {}
-    for path in paths:
+    for path in map(_followed, paths):
         folders.setdefault(path.parent, set()).add(_prefix(path))
     for folder, prefixes in folders.items():
         with suppress(OSError), os.scandir(folder) as entries:
@@ -98,6 +100,11 @@ def remove_leftovers(*paths: Path) -> None:
                 if entry.name[:-12] in prefixes and _RANDOM.fullmatch(entry.name[-12:]):
                     with suppress(OSError):
                         os.unlink(entry.path)
+
+
+def _followed(path: Path) -> Path:
+    """Return what a link leads to: that is written, and the link stays."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _prefix(path: Path) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from captioner import files
-from captioner.files import remove_leftovers, write_atomically
+from captioner.files import remove_leftovers, save, write_atomically
 
 
 def test_writing_replaces_at_once(tmp_path: Path) -> None:
@@ -75,6 +76,26 @@ def test_what_a_kill_leaves_is_found_and_removed(tmp_path: Path) -> None:
     remove_leftovers(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".x.txt.original", "x.txt"]
     assert path.read_text() == "old"
+
+
+def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.umask(0o077); from pathlib import Path; from captioner.files import save; "
+        "save(Path(sys.argv[1]), b'x')"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a"], check=True)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+
+
+def test_a_link_stays_and_what_a_kill_leaves_beside_its_target_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    link, target = tmp_path / "a.json", tmp_path / "far" / "b.json"
+    link.symlink_to(target)
+    save(link, b"1")
+    left = tmp_path / "far" / ".b.json.abcd1234.tmp"
+    left.touch()
+    remove_leftovers(link)
+    assert (link.is_symlink(), target.read_bytes(), left.exists()) == (True, b"1", False)
 
 
 def test_it_brings_no_torch() -> None:

@@ -26,12 +26,23 @@ Facts = tuple[str, str | None]
 """A model's name and `captioner.identity.fingerprint`."""
 
 
+class WorkersError(ValueError):
+    """Those who caption cannot be used, or not any longer; one line that says what to do."""
+
+
 def cut(sources: Iterable[Source], size: int, workers: int) -> Iterator[Chunk]:
     """Cut into chunks of so many; a video is one of its own, and few files are spread over all workers."""
     numbered = enumerate(sources)
-    first = list(islice(numbered, size * workers))
-    if len(first) < size * workers:
-        size = max(1, -(-len(first) // workers))
+    first: Chunk = []
+    held = 0
+    for item in islice(numbered, size * workers):
+        first.append(item)
+        held += _held(item[1])
+        if held > MAX_HELD:
+            break
+    else:
+        if len(first) < size * workers:
+            size = max(1, -(-len(first) // workers))
     waiting: Chunk = []
     held = 0
     for number, source in chain(first, numbered):
@@ -39,12 +50,16 @@ def cut(sources: Iterable[Source], size: int, workers: int) -> Iterator[Chunk]:
             yield [(number, source)]
             continue
         waiting.append((number, source))
-        held += len(source.data) if isinstance(source, Held) else 0
+        held += _held(source)
         if len(waiting) == size or held > MAX_HELD:
             yield waiting
             waiting, held = [], 0
     if waiting:
         yield waiting
+
+
+def _held(source: Source) -> int:
+    return len(source.data) if isinstance(source, Held) else 0
 
 
 def caption_chunk(

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from captioner import identity
+from captioner.batch.chunks import WorkersError
 from captioner.batch.engines import Seeds, devices_engine, identity_of, local_engine, look_closely, ray_engine
 from captioner.batch.journal import Journal
 from captioner.batch.run import Beside, Engine, Run, Stopped, errors_of, is_list_of, journal_of
@@ -148,6 +149,11 @@ def run_batch(batch: Batch) -> int:
                     _watch(batch, run)
             except (Stopped, WatchError) as stop:
                 say(f"stopped: {stop}; what was captioned is kept, and the same command goes on")
+                code = STOPPED
+            except WorkersError as error:
+                if not run.has_results:
+                    raise
+                say(f"stopped: {error}; what was captioned is kept, and the same command goes on")
                 code = STOPPED
             except KeyboardInterrupt:
                 run.stop.set()
@@ -315,7 +321,7 @@ def _is_arriving(item: Source | Missing, run: Run) -> bool:
 
 def _until(stopping: Callable[[], bool], items: Iterator[Any]) -> Iterator[Any]:
     """Yield items until there are no more or it is time to stop, also while nothing comes."""
-    waiting: queue.Queue[tuple[str, Any]] = queue.Queue(1000)
+    waiting: queue.Queue[tuple[str, Any]] = queue.Queue(16)  # some hold whole pictures
 
     def read() -> None:
         try:

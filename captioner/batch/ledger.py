@@ -13,6 +13,7 @@ from typing import IO, Any
 from captioner.batch.journal import Journal
 from captioner.batch.tables import APPENDED, TableFormatError, head, lines, write_table
 from captioner.files import open_atomically, remove_leftovers
+from captioner.inputs import printable
 
 Record = Mapping[str, Any]
 _PART = 1 << 20
@@ -54,7 +55,7 @@ class Ledger:
         """Where an edited table has gone."""
         self.sorted_anew = False
         """Whether another rule than that of the run before tells which records it holds."""
-        self._key = f"table {path.name}"
+        self._key = f"table {printable(path.name)}"
         empty = {"size": 0, "sha256": "", "upto": 0, "there": False, "open": False, "stale": False}
         noted = journal.get(self._key) or {}
         if not isinstance(noted, dict) or any(type(noted.get(k, v)) is not type(v) for k, v in empty.items()):
@@ -101,7 +102,7 @@ class Ledger:
         if self._state["upto"] < records[0][0] - 1:  # captioned by a run that was killed then
             missed = self.journal.records(self._state["upto"])
             records = [item for item in missed if item[0] < records[0][0]] + list(records)
-        if self._file is not None and self._stamp != _stamp_of(self.path):
+        if self._file is not None and not self._is_untouched():
             # somebody has changed, replaced or deleted it since: `finish` moves it aside, and writes it anew
             self.close()
             self._note(stale=True, open=False)
@@ -158,6 +159,17 @@ class Ledger:
             return False
         torn = bool(more) and not self._state["open"]
         return not left and not torn and digest.hexdigest() == self._state["sha256"]
+
+    def _is_untouched(self) -> bool:
+        """Tell whether nobody else has written the open file since it was last written."""
+        now = _stamp_of(self.path)
+        if now == self._stamp:
+            return True
+        # some systems set the time of an open file late
+        if now is None or self._stamp is None or now[:3] != self._stamp[:3] or not self._is_as_noted():
+            return False
+        self._stamp = now
+        return True
 
     def _write(self, data: bytes) -> None:
         if not data and not (self._file is None and not self._state["there"] and not self.optional):

@@ -134,7 +134,7 @@ def _numbered(paths: Iterable[Given], seed: Seed) -> Iterator[tuple[Source, int]
 
 
 def find_files(paths: Iterable[str | PathLike[str]], recursive: bool = False) -> list[Path]:
-    """Expand files, folders and patterns into photos and videos, as `captioner.images.find_images` does.
+    """Expand files, folders and patterns into photos and videos, as `captioner.inputs.find_images` does.
 
     Raises:
         ImageError: a folder with neither, or a pattern that matches none; the message names it.

@@ -8,6 +8,7 @@ which another dies becomes a record with an error.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import signal
@@ -15,7 +16,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from captioner.batch.chunks import (
     Chunk,
     Facts,
     Record,
+    WorkersError,
     caption_chunk,
     cut,
     facts_of,
@@ -48,7 +50,7 @@ PATIENCE = 0.2
 """Seconds after which it is asked again whether a person has stopped the run."""
 
 
-class DeviceError(ValueError):
+class DeviceError(WorkersError):
     """The processes cannot be used, or not any longer; one line that says why."""
 
 
@@ -158,6 +160,11 @@ def _work(setup: dict[str, Any], device: str, inbox: Connection, outbox: Connect
     threading.Thread(target=receive, daemon=True).start()
     try:
         captioner = _load(setup, device)
+    except Exception as error:  # a user's mistake, or a device that is busy, full or broken
+        plain = isinstance(error, (ValueError, ImportError))
+        outbox.send(_Mistake(str(error) if plain else f"{device}: {last_line(error)}"))
+        return
+    try:
         facts = facts_of(captioner)
         outbox.send(facts)
         while True:
@@ -181,7 +188,7 @@ def _caption(
     """Return the records of a chunk; None if that failed, and its files are to be done one by one."""
 
     def report(path: str, seconds: float) -> None:
-        if stop.is_set():  # a clip may take hours; what is captioned of it is kept
+        if stop.value:  # a clip may take hours; what is captioned of it is kept
             raise KeyboardInterrupt
 
     records: list[Record] = []
@@ -198,6 +205,20 @@ def _caption(
         reason = f"{type(error).__name__}: {last_line(error)}"
         return [refuse(chunk[0][1], reason, facts, more["look"])]
     return records
+
+
+@contextlib.contextmanager
+def _no_signals() -> Iterator[None]:
+    """Keep Ctrl-C from processes that begin now, until they see to it themselves; here it comes later."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,7 +256,7 @@ class _Run:
     ) -> None:
         self.chunks, self.setup, self.devices, self.stopping = chunks, setup, devices, stopping
         self.context = get_context("spawn")  # CUDA does not survive a fork
-        self.stop = self.context.Event()
+        self.stop = self.context.RawValue(ctypes.c_bool, False)  # no lock that a dead process could hold
         self.processes: list[_Process | None] = [None] * len(devices)
         self.again: deque[Chunk] = deque()
         self.deaths: Counter[int] = Counter()
@@ -249,7 +270,7 @@ class _Run:
             if not at_work:
                 return
             if self.stopping():
-                self.stop.set()
+                self.stop.value = True
             heard = wait([*at_work], PATIENCE)
             for outbox, process in at_work.items():
                 if outbox in heard:
@@ -283,7 +304,8 @@ class _Run:
         process = self.context.Process(
             target=_work, args=(self.setup, device, inbox, theirs, self.stop), daemon=True
         )
-        process.start()
+        with _no_signals():
+            process.start()
         inbox.close()
         theirs.close()  # so that its end is the end of what comes
         return _Process(device, process, mine, outbox)

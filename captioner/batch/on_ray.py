@@ -28,7 +28,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from captioner.batch.chunks import DEADLY, Chunk, Record, caption_chunk, cut, facts_of, last_line, refuse
+from captioner.batch.chunks import (
+    DEADLY,
+    Chunk,
+    Record,
+    WorkersError,
+    caption_chunk,
+    cut,
+    facts_of,
+    last_line,
+    refuse,
+)
 from captioner.batch.sources import Source
 from captioner.identity import BUILT_IN
 
@@ -45,7 +55,7 @@ GPU_CORES = 8
 """CPU cores that a worker with a GPU takes at most, to decode."""
 
 
-class ClusterError(ValueError):
+class ClusterError(WorkersError):
     """Ray cannot be used, or not any longer; one line that says what to do."""
 
 

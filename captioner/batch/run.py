@@ -179,6 +179,11 @@ class Run:
         self._committed = time.monotonic()
 
     @property
+    def has_results(self) -> bool:
+        """Whether there is anything new to be kept."""
+        return bool(self._waiting or self.counts.captioned or self.counts.failed)
+
+    @property
     def stopping(self) -> bool:
         """Whether nothing new begins."""
         return self.stop.is_set()
@@ -339,6 +344,11 @@ class Run:
             self.counts.failed += 1
             self.complain(record["error"])
             self.tick(self.counts.seen + len(self._waiting))
+            if finished.preview is not None:  # a video that breaks off
+                self.journal.look(place, finished.preview, finished.likeness)
+            return True
+        if record["error"] is not None:  # which takes nothing away from what was captioned
+            self.complain(record["error"])
             return True
         if not same:
             self.counts.skipped -= 1
@@ -500,6 +510,8 @@ def is_list_of(keys: Sequence[str], path: Path) -> bool:
         return True
     except OSError:
         return False
+    if len(line) == _LONGEST:
+        return line.startswith(f'{{"{keys[0]}": '.encode())
     try:
         return not line or [*json.loads(line)] == [*keys]
     except (ValueError, TypeError):

@@ -327,6 +327,34 @@ def test_a_signal_ends_waiting_for_names(tmp_path: Path, model: Path) -> None:
     assert b"Fatal" not in process.stderr.read()
 
 
+def test_workers_that_are_lost_stop_a_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from captioner.batch import command
+    from captioner.batch.on_devices import DeviceError
+
+    engine = command.local_engine
+
+    def lost(*arguments: Any, **options: Any) -> Any:
+        def give(sources: Any) -> Any:
+            for number, finished in enumerate(engine(*arguments, **options)(sources)):
+                if number == after:
+                    raise DeviceError("cpu: gone")
+                yield finished
+
+        return give
+
+    monkeypatch.setattr(command, "local_engine", lost)
+    after = 0
+    outcome = run("caption", "p", "-o", "o.parquet")
+    assert (outcome.code, outcome.complaints) == (2, ["cpu: gone"])
+    after = 3
+    outcome = run("caption", "p", "-o", "o.parquet")
+    assert outcome.code == 3
+    assert (
+        "stopped: cpu: gone; what was captioned is kept, and the same command goes on" in outcome.complaints
+    )
+    assert Path("o.parquet").exists()
+
+
 @pytest.mark.parametrize("options", [[], ["--poll"]])
 def test_watching(tmp_path: Path, model: Path, options: list[str]) -> None:
     pytest.importorskip("watchfiles")

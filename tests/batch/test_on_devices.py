@@ -107,6 +107,17 @@ def test_mistakes_are_one_line(model: Path, folder: Path, tmp_path: Path) -> Non
     assert "cuda:77" in complaint(["cpu", "cuda:77"])
 
 
+def test_a_device_that_cannot_be_used_is_one_line(
+    model: Path, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    setup = {"model": model, "threads": 0, "precision": "float32"}  # threads: torch raises a RuntimeError
+    run = on_devices._Run(iter([[(0, packed(folder)[0])]]), setup, ["cpu"], lambda: False)
+    with pytest.raises(ValueError, match=r"^cpu: set_num_threads expects"):
+        list(run.records())
+    run.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_names_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,47 @@ def test_what_fails_as_before_changes_no_table(pictures: Path) -> None:
     assert (run.counts.failed, run.counts.skipped) == (1, 5)
     assert Path("out.jsonl").read_bytes() == edited
     assert len(records("out.errors.jsonl")) == 1
+
+
+class Looking(Texts):
+    """Gives a preview of each file; what has gone bad fails."""
+
+    def __call__(self, sources: Iterable[Source]) -> Iterator[Finished]:
+        for finished in super().__call__(sources):
+            yield replace(finished, preview=b"P")
+
+
+def test_a_later_look_takes_no_caption_away(pictures: Path) -> None:
+    times = [(path, path.stat().st_mtime_ns) for path in pictures.iterdir()]
+    go()
+    table = Path("out.jsonl").read_bytes()
+    for path, time_ in times:  # a server that does not answer, say: nothing tells of a change
+        path.write_text("bad 11"[: path.stat().st_size])
+        os.utime(path, ns=(time_, time_))
+    _, run = go(engine=Looking(), looks=True)
+    assert (run.counts.skipped, run.counts.failed, run.counts.looked) == (5, 0, 0)
+    assert Path("out.jsonl").read_bytes() == table
+    for number, (path, time_) in enumerate(sorted(times), 1):
+        path.write_text(f"pic {number}")
+        os.utime(path, ns=(time_, time_))
+    _, run = go(engine=Looking(), looks=True)
+    assert run.counts.looked == 5
+    assert Path("out.jsonl").read_bytes() == table
+
+
+def test_lists_are_known_by_their_first_line(tmp_path: Path) -> None:
+    place = tmp_path / "a.jsonl"
+    assert runs.is_list_of(["alike"], place)
+    for text, ours in (
+        ("", True),
+        (json.dumps({"alike": ["x" * 100] * 30_000}), True),
+        ('{"alike": [], "more": 1}', False),
+        ("[]", False),
+        ("1", False),
+        ("\0", False),
+    ):
+        place.write_text(text)
+        assert runs.is_list_of(["alike"], place) == ours, text[:50]
 
 
 def test_a_list_of_errors_replaces_nothing_of_a_person(pictures: Path) -> None:
