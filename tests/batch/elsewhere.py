@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,16 @@ def same(found: Any, expected: Any, key: str = "") -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4), key
     else:
         assert found == expected, key
+
+
+def processes(word: str, of: psutil.Process | None = None) -> list[psutil.Process]:
+    """Return the processes below one, or below the tests, whose command has a word in it."""
+    found = []
+    for process in (of or psutil.Process()).children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def kill_one(

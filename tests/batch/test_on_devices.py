@@ -24,6 +24,7 @@ from elsewhere import (
     len_of_caption,
     packed,
     plain,
+    processes,
     sources_of,
     write_files,
     write_model,
@@ -48,12 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def workers(of: psutil.Process | None = None) -> list[psutil.Process]:
     """Return the processes that caption."""
-    found = []
-    for process in (of or psutil.Process()).children(recursive=True):
-        with suppress(psutil.Error):
-            if "spawn_main" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+    return processes("spawn_main", of)
 
 
 def test_same_records_although_a_process_is_killed(model: Path, folder: Path) -> None:

@@ -27,6 +27,7 @@ from elsewhere import (
     len_of_caption,
     packed,
     plain,
+    processes,
     sources_of,
     write_files,
     write_model,
@@ -76,8 +77,7 @@ def cluster() -> Iterator[Any]:
 
 
 def workers() -> list[psutil.Process]:
-    below = psutil.Process().children(recursive=True)
-    return [process for process in below if "MapWorker" in " ".join(process.cmdline())]
+    return processes("MapWorker")
 
 
 def test_same_records_although_a_worker_is_killed(model: Path, folder: Path, cluster: Any) -> None:
